@@ -1,0 +1,153 @@
+// Package agent keeps the tasks assigned to one device running. One loop owns
+// all mutable state: assignments, runtime events, timers and link changes come
+// in; plan, a pure function, says what to do; actions run beside the loop and
+// report back. It does no I/O itself: what it needs is in this file.
+package agent
+
+import (
+	"context"
+	"io"
+	"time"
+
+	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// Runtimes finds runtime plugins by name. It outlives any one plugin process.
+type Runtimes interface {
+	// Runtime returns the running plugin of that name. Errors: sdk.NotFound
+	// when the device has no such plugin, sdk.Unavailable while it is down.
+	Runtime(name string) (sdk.Runtime, error)
+	// RuntimeNames lists the runtimes this device has, up or down.
+	RuntimeNames() []string
+	// Changes receives the name of a plugin whenever it came up or went
+	// down; a full channel drops, so it is a hint to look again.
+	Changes() <-chan string
+}
+
+// Journal persists what the agent must not forget. Everything saved is on
+// stable storage when the call returns. Calls come from one goroutine.
+type Journal interface {
+	// SaveAssignment writes a task's assignment once; a second time with the
+	// same task replaces it.
+	SaveAssignment(a *wire.Assignment) error
+	// Append writes records, all of them with one fsync.
+	Append(records ...Record) error
+	// ForgetTask removes everything about a task.
+	ForgetTask(id string) error
+}
+
+// Record is one entry of the append log. Exactly one field but Task is set.
+// The latest record of its sort wins at load, per task or per attempt.
+type Record struct {
+	Task    string         `json:"task,omitempty"`
+	Applied *Applied       `json:"applied,omitempty"`
+	Desired *Desired       `json:"desired,omitempty"`
+	Attempt *AttemptRecord `json:"attempt,omitempty"`
+	Status  *StatusRecord  `json:"status,omitempty"`
+}
+
+// Applied is the last assignment set that was taken over whole.
+type Applied struct {
+	Incarnation string `json:"incarnation"`
+	Sequence    uint64 `json:"sequence"`
+}
+
+// Desired is the control plane's wish for a task, when it is not RUNNING.
+type Desired struct {
+	Status   string `json:"status"` // STOPPED
+	Reason   string `json:"reason,omitempty"`
+	Sequence uint64 `json:"sequence"`
+}
+
+// AttemptRecord is written before an attempt starts and after it exits.
+type AttemptRecord struct {
+	Container string `json:"container"`
+	Number    int    `json:"number"`
+	BootID    string `json:"bootId"`          // of the boot it was started in
+	Image     string `json:"image,omitempty"` // normalised reference
+	Digest    string `json:"digest,omitempty"`
+	Exited    bool   `json:"exited,omitempty"`
+	ExitCode  *int   `json:"exitCode,omitempty"` // nil when exited: nobody saw it
+	Reason    string `json:"reason,omitempty"`
+	Removed   bool   `json:"removed,omitempty"` // proven gone from the runtime
+}
+
+// StatusRecord is the task's observed status and why it stopped.
+type StatusRecord struct {
+	LastStatus string `json:"lastStatus"`
+	StopCode   string `json:"stopCode,omitempty"`
+	Reason     string `json:"reason,omitempty"`
+	Acked      bool   `json:"acked,omitempty"` // the control plane has this terminal status
+}
+
+// Saved is what a Journal held when it was opened.
+type Saved struct {
+	Applied Applied
+	Tasks   []SavedTask
+	// Problems are damaged records that were set aside, one sentence each.
+	Problems []string
+}
+
+// SavedTask is one task as it was persisted.
+type SavedTask struct {
+	Assignment *wire.Assignment
+	Desired    *Desired
+	Status     *StatusRecord
+	Attempts   []AttemptRecord // the latest of each container, and older ones not yet removed
+}
+
+// Uplink carries levels to the control plane. It keeps the latest of each and
+// sends it again on every new session until it is acknowledged; calls never
+// block on the network.
+type Uplink interface {
+	// TaskStatus replaces what is to be said about that task.
+	TaskStatus(s *wire.TaskStatus)
+	// AckAssignments says everything up to this sequence is persisted.
+	AckAssignments(incarnation string, sequence uint64)
+}
+
+// Downlink is what the tunnel calls on the agent. Implemented by *Agent.
+type Downlink interface {
+	// Held is what Hello says the agent holds.
+	Held() (incarnation string, sequence uint64)
+	// Assign hands over a received set, complete up to sequence. full: a task
+	// not in it does not exist for this incarnation. Blocks until persisted.
+	Assign(ctx context.Context, incarnation string, full bool, set []*wire.Assignment, sequence uint64) error
+	// Acked says the control plane has this status.
+	Acked(taskID string, sequence uint64)
+	// Connected says a session was registered (true) or ended.
+	Connected(up bool)
+	// Logs copies a container's kept output: chunk is called in order.
+	Logs(ctx context.Context, r *wire.LogsRequest, chunk func(stream string, data []byte) error) error
+}
+
+// Outputs owns the files that attempts write to.
+type Outputs interface {
+	// Open makes the two files of an attempt and returns their paths.
+	Open(a sdk.Attempt) (stdout, stderr string, err error)
+	// Read opens what an attempt wrote to "stdout" or "stderr".
+	Read(a sdk.Attempt, stream string) (io.ReadCloser, error)
+	// Forget deletes what the task's attempts wrote.
+	Forget(task string) error
+}
+
+// Volumes owns the directories behind a task's volumes.
+type Volumes interface {
+	// Dir makes and returns the directory of a volume that has no host path.
+	Dir(task, volume string, shared bool) (string, error)
+	// Forget deletes the task's own volumes.
+	Forget(task string) error
+}
+
+// Clock is the device's time as far as it can be trusted: how long since boot.
+type Clock interface {
+	// Since boot, suspend included, never going back (CLOCK_BOOTTIME).
+	Now() time.Duration
+	// When is the moment in all the clocks there are, for the wire.
+	When() *wire.When
+	// BootID is constant until the next boot.
+	BootID() string
+	// After fires once d has passed.
+	After(d time.Duration) <-chan time.Time
+}
