@@ -1,12 +1,66 @@
+# Belay. `make demo` and `make test` are all a fresh machine needs to know.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GOARCH  ?= $(shell go env GOARCH)
+BIN     ?= bin
+MODULES := . plugins/sdk
+PLUGINS := containerd process
+
+GOBUILD = CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)'
+
+.PHONY: build demo test test-modules lint bench fuzz generate check-generated setup clean
+
+build: ## the binaries and the plugins, ready to load, in $(BIN)
+	@mkdir -p $(BIN)/plugins
+	@echo "building $(BIN)/ ($(VERSION), $(GOARCH))"
+	@$(GOBUILD) -o $(BIN)/ ./agent/cmd/belay-agent ./controlplane/cmd/belay-control ./controlplane/cmd/belay \
+		./plugins/cmd/belay-plugins ./plugins/process/cmd/belay-supervise
+	@for p in $(PLUGINS); do ln -sfn ../belay-plugins $(BIN)/plugins/$$p; done
+
+setup: ## what tests and demo need from the distribution
+	@packaging/dev/setup.sh
+
+demo: setup build ## a control plane, a device and a container on this machine, until Ctrl-C
+	@CGO_ENABLED=0 go build -o $(BIN)/demo ./packaging/dev/demo
+	@exec $(BIN)/demo -bin $(BIN)
+
+test: setup build lint test-modules ## everything, race detector on
+
+test-modules:
+	@for m in $(MODULES); do echo "== go test $$m"; (cd $$m && BELAY_BIN=$(abspath $(BIN)) go test $(if $(filter 1,$(shell go env CGO_ENABLED)),-race) -timeout 20m ./...) || exit 1; done
+
+lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
+	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
+	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && go mod verify >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
+
+bench: setup build ## what it costs: memory, latency beside ctr, binary sizes
+	go test ./hw-tests/blackbox -run '^$$' -bench . -benchtime 1x -timeout 30m -bin $(abspath $(BIN))
+
+FUZZTIME ?= 30s
+fuzz: ## every fuzz target for FUZZTIME
+	@for m in $(MODULES); do (cd $$m && grep -rlE '^func Fuzz' --include=*_test.go . | while read -r f; do \
+		grep -oE '^func Fuzz[A-Za-z0-9_]+' $$f | cut -c6- | while read -r n; do \
+			echo "== $$n in $$f"; go test -run '^$$' -fuzz "^$$n\$$" -fuzztime $(FUZZTIME) $$(dirname $$f) || exit 1; done || exit 1; done) || exit 1; done
+
 GENOPT = "opt":["module=github.com/belay-edge/belay"]
-GEN = PATH=$(CURDIR)/.tools:$$PATH buf generate --template
+GENGO  = {"local":"protoc-gen-go","out":".",$(GENOPT)}
+BUF    = PATH=$(CURDIR)/.tools:$$PATH buf generate --template
 
-.PHONY: generate
-# Regenerates every committed *.pb.go and *.connect.go.
-generate: .tools/buf
-	$(GEN) '{"version":"v2","plugins":[{"local":"protoc-gen-go","out":".",$(GENOPT)},{"local":"protoc-gen-go-grpc","out":".",$(GENOPT)}]}' plugins/sdk/internal/pluginpb
-	$(GEN) '{"version":"v2","plugins":[{"local":"protoc-gen-go","out":".",$(GENOPT)}]}' controlplane/wire
-	$(GEN) '{"version":"v2","plugins":[{"local":"protoc-gen-go","out":".",$(GENOPT)},{"local":"protoc-gen-connect-go","out":".",$(GENOPT)}]}' controlplane/internal/api/v1
+generate: .tools/buf ## every committed *.pb.go and *.connect.go anew
+	@$(BUF) '{"version":"v2","plugins":[$(GENGO),{"local":"protoc-gen-go-grpc","out":".",$(GENOPT)}]}' plugins/sdk/internal/pluginpb
+	@$(BUF) '{"version":"v2","plugins":[$(GENGO)]}' controlplane/wire
+	@$(BUF) '{"version":"v2","plugins":[$(GENGO),{"local":"protoc-gen-connect-go","out":".",$(GENOPT)}]}' controlplane/internal/api/v1
 
+check-generated: generate ## generated code is what the sources say
+	@git diff --exit-code -- '*.pb.go' '*.connect.go' || { echo "generated code was out of date: commit what changed"; exit 1; }
+
+.tools/staticcheck: tools/go.mod
+	@mkdir -p .tools && echo "building staticcheck" && go -C tools build -o ../.tools/ honnef.co/go/tools/cmd/staticcheck
 .tools/buf: tools/go.mod
-	mkdir -p .tools && go -C tools build -o ../.tools/ tool
+	@mkdir -p .tools && echo "building the protobuf tools (minutes, once)" && go -C tools build -o ../.tools/ tool
+
+clean:
+	rm -rf $(BIN) .tools

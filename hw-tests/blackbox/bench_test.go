@@ -1,0 +1,141 @@
+package blackbox
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/belay-edge/belay/hw-tests/rig"
+)
+
+// pss is the proportional set size of a process in KiB.
+func pss(b *testing.B, pid int) int {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == "Pss:" {
+			n, err := strconv.Atoi(f[1])
+			if err != nil {
+				b.Fatal(err)
+			}
+			return n
+		}
+	}
+	b.Fatalf("no Pss of %d", pid)
+	return 0
+}
+
+func quantile(d []time.Duration, q float64) time.Duration {
+	d = slices.Sorted(slices.Values(d))
+	return d[min(len(d)-1, int(q*float64(len(d))))]
+}
+
+// BenchmarkFoundation prints what an idle device costs, how long an API call
+// takes to a running container beside ctr run of the same image, and sizes.
+func BenchmarkFoundation(b *testing.B) {
+	if os.Getuid() != 0 {
+		b.Skip("containerd needs root: run as root")
+	}
+	for b.Loop() {
+		s := newSite(b, "containerd")
+		settle := 10 * time.Second
+		moment(settle)
+		total := pss(b, s.agent.PID())
+		fmt.Printf("\nPSS after %s idle, KiB\n  %-22s %7d\n", settle, "belay-agent", total)
+		for _, pid := range pluginPIDs(s.agent) {
+			cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			n := pss(b, pid)
+			total += n
+			fmt.Printf("  %-22s %7d\n", filepath.Base(strings.SplitN(string(cmdline), "\x00", 2)[0]), n)
+		}
+		fmt.Printf("  %-22s %7d  (budget with four plugins: 28672)\n", "together", total)
+		fmt.Printf("  %-22s %7d\n", "belay-control", pss(b, s.Control.PID()))
+
+		const runs = 20
+		var ours, theirs []time.Duration
+		doc := s.document(b, "bench", container{"name": "c", "script": "exec sleep 600", "stopTimeout": 2})
+		ctx := deadline(b, 10*time.Minute)
+		if _, err := s.cli.Pipe(ctx, []byte(doc), "taskdef", "register", "-f", "-"); err != nil {
+			b.Fatal(err)
+		}
+		warm := s.run(b, "bench-warm", container{"name": "c", "script": "exec sleep 600", "stopTimeout": 2})
+		stop(b, s, warm.ID)
+		h := host(b)
+		image := h.image("shell")
+		ctr := func(args ...string) *exec.Cmd {
+			return exec.CommandContext(ctx, "ctr", append([]string{"--address", h.containerd.Address, "--namespace", "bench"}, args...)...)
+		}
+		if out, err := ctr("images", "pull", "--plain-http", image).CombinedOutput(); err != nil {
+			b.Fatalf("%v: %s", err, out)
+		}
+		api, err := s.Control.API()
+		if err != nil {
+			b.Fatal(err)
+		}
+		for i := range runs {
+			start := time.Now()
+			id := apiRun(b, ctx, api, "bench")
+			ours = append(ours, time.Since(start))
+			stop(b, s, id)
+
+			name := fmt.Sprintf("bench-%d", i)
+			start = time.Now()
+			if out, err := ctr("run", "--detach", image, name, "/bin/sleep", "600").CombinedOutput(); err != nil {
+				b.Fatalf("%v: %s", err, out)
+			}
+			theirs = append(theirs, time.Since(start))
+			_ = ctr("tasks", "kill", "-s", "KILL", name).Run()
+			_ = ctr("tasks", "delete", "-f", name).Run()
+			_ = ctr("containers", "delete", name).Run()
+		}
+		fmt.Printf("\nAPI call to RUNNING, %d runs each, one machine\n", runs)
+		fmt.Printf("  %-22s p50 %-8s p99 %s\n", "belay", quantile(ours, .5).Round(time.Millisecond), quantile(ours, .99).Round(time.Millisecond))
+		fmt.Printf("  %-22s p50 %-8s p99 %s\n", "ctr run --detach", quantile(theirs, .5).Round(time.Millisecond), quantile(theirs, .99).Round(time.Millisecond))
+		fmt.Printf("  %-22s p50 %.2f     p99 %.2f\n", "ratio", float64(quantile(ours, .5))/float64(quantile(theirs, .5)), float64(quantile(ours, .99))/float64(quantile(theirs, .99)))
+
+		fmt.Println("\nbinary sizes, MiB")
+		for _, name := range []string{"belay-agent", "belay-plugins", "belay-supervise", "belay-control", "belay"} {
+			if fi, err := os.Stat(bin(b).Path(name)); err == nil {
+				fmt.Printf("  %-22s %7.1f\n", name, float64(fi.Size())/(1<<20))
+			}
+		}
+		fmt.Println()
+	}
+}
+
+func stop(b *testing.B, s *site, id string) {
+	if _, err := s.cli.Run(deadline(b, patience), "task", "stop", id); err != nil {
+		b.Fatal(err)
+	}
+	s.await(b, id, "STOPPED", patience, stopped)
+}
+
+// apiRun runs one task over the API and returns once it is RUNNING.
+func apiRun(b *testing.B, ctx context.Context, api *rig.API, definition string) string {
+	var run struct{ Tasks []rig.Task }
+	if err := api.Call(ctx, "RunTask", map[string]any{"cluster": cluster, "taskDefinition": definition}, &run); err != nil || len(run.Tasks) != 1 {
+		b.Fatalf("%v: %+v", err, run)
+	}
+	for {
+		var now struct{ Task rig.Task }
+		if err := api.Call(ctx, "DescribeTask", map[string]any{"id": run.Tasks[0].ID}, &now); err != nil {
+			b.Fatal(err)
+		}
+		switch {
+		case running(now.Task):
+			return now.Task.ID
+		case stopped(now.Task):
+			b.Fatalf("the task stopped: %s", now.Task.StoppedReason)
+		}
+		moment(2 * time.Millisecond)
+	}
+}
