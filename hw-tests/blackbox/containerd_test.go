@@ -29,10 +29,10 @@ func TestImagesThatCannotBeHad(t *testing.T) {
 		name, image string
 		want        []string
 	}{
-		{"no-such-image", h.registry.Addr + "/no/such:1", []string{"CannotPullContainerError", "no/such:1", "not found"}},
+		{"no-such-image", h.registry.Address + "/no/such:1", []string{"CannotPullContainerError", "no/such:1", "not found"}},
 		{"no-such-tag", strings.TrimSuffix(h.image("shell"), ":1") + ":none", []string{"CannotPullContainerError", ":none"}},
 		{"wrong-architecture", h.image("foreign"), []string{"CannotPullContainerError", "s390x"}},
-		{"wrong-credentials", h.locked.Addr + "/shell:1", []string{"CannotPullContainerError", "credentials"}},
+		{"wrong-credentials", h.locked.Address + "/shell:1", []string{"CannotPullContainerError", "credentials"}},
 		{"not-a-reference", "UPPER CASE", []string{"UPPER CASE"}},
 	} {
 		t.Run(r.name, func(t *testing.T) {
@@ -62,7 +62,7 @@ func TestImagesThatCannotBeHad(t *testing.T) {
 			t.Errorf("%+v", end)
 		}
 	})
-	if left := h.leftovers(t); len(left) > 0 {
+	if left := h.containers(t, s.namespace); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
 }

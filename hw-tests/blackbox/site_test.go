@@ -41,6 +41,8 @@ type site struct {
 	instance string
 	runtime  string
 	dir      string
+	// namespace is the site's own in the shared containerd.
+	namespace string
 }
 
 const cluster = "shop"
@@ -108,8 +110,7 @@ func newSite(t testing.TB, runtime string) *site {
 	s.cli = s.Control.CLI()
 	s.agent = newDevice(t, s.cli, s.dir, func(a *rig.Agent) {
 		if runtime == "containerd" {
-			a.ContainerdAddress = host(t).containerd.Address
-			a.Config = host(t).agentConfig
+			s.namespace = host(t).prepare(t, a, s.dir)
 		}
 	})
 	ids, err := s.cli.Connected(deadline(t, patience), cluster, 1, runtime)
