@@ -76,7 +76,7 @@ func TestHostPort(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := container{"name": "c", "image": host(t).image("workload"), "command": []any{"serve", "8080"},
+	web := container{"name": "c", "image": host(t).image("workload"), "command": []any{"serve", ":8080", "hello"},
 		"portMappings": []any{map[string]any{"containerPort": 8080, "hostPort": port}}}
 	task := s.run(t, "web", web)
 	if b := task.Container("c").NetworkBindings; len(b) != 1 || b[0].HostPort != port || b[0].ContainerPort != 8080 {

@@ -197,7 +197,7 @@ func (d *demo) workload(ctx context.Context, dir string, bin rig.Binaries, agent
 	image := registry.Address + "/workload:1"
 	d.step("image           %s built and pushed, %.19s...", image, digests[images.Workload])
 	agent.ContainerdAddress = containerd.Address
-	return fmt.Sprintf(`{"family":"hello","containerDefinitions":[{"name":"hello","image":%q,"memory":32,"command":["tick"]}]}`, image), nil
+	return fmt.Sprintf(`{"family":"hello","containerDefinitions":[{"name":"hello","image":%q,"memory":32,"command":["tick","1s"]}]}`, image), nil
 }
 
 func stopTask(cli *rig.CLI, id string) error {
