@@ -27,6 +27,7 @@ const (
 	stopTimeout  = 5 * time.Second  // to end every session at shutdown
 	outFrames    = 64               // queued to one device
 	inStatuses   = 8                // queued from one device, before flow control stops it
+	maxLate      = 1024             // tasks whose status waits for the store
 	maxRequests  = 32               // open to one device
 	chunkTimeout = 30 * time.Second // between two frames of an answer
 	overloadHint = 5 * time.Second  // RetryAfter when pending is full

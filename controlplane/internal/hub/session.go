@@ -77,12 +77,10 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 		}
 		ws.Close(failure.Code, failure.Message)
 	}
-	// Watch before reading, so that no change falls between the two.
 	var work sync.WaitGroup
 	defer work.Wait()
-	watched := make(chan struct{})
-	work.Go(func() { s.watch(watched) })
-	first, failure := s.register(hello)
+	installed := make(chan struct{})
+	first, failure := s.register(hello, func() { work.Go(func() { s.watch(installed) }) })
 	if failure != nil {
 		s.cancel(nil)
 		refuse(failure)
@@ -91,7 +89,7 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	_ = stream.SetDeadline(time.Time{})
 	registered()
 	h.install(s)
-	close(watched)
+	close(installed)
 	log.Info("device connected", "agent", hello.AgentVersion)
 	s.serve(&work, first)
 	h.drop(s)
@@ -99,8 +97,9 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	s.farewell()
 }
 
-// register checks who it is and what it should get first.
-func (s *session) register(hello *wire.Hello) ([]*wire.Frame, *wire.Failure) {
+// register checks who it is and what it should get first. It starts the watch
+// before it reads, and the watch looks once at its start: no change is missed.
+func (s *session) register(hello *wire.Hello, watch func()) ([]*wire.Frame, *wire.Failure) {
 	if hello.Version == 0 {
 		return nil, wire.Failf(wire.CodeVersion, "the agent does not say which version of the protocol it speaks")
 	}
@@ -109,6 +108,7 @@ func (s *session) register(hello *wire.Hello) ([]*wire.Frame, *wire.Failure) {
 	if _, err := s.hub.devices.Authenticate(ctx, s.instance, s.key); err != nil {
 		return nil, failureOf(err, s.log, "authenticate a device")
 	}
+	watch()
 	s.hello = controlplane.Hello{
 		AgentVersion:    hello.AgentVersion,
 		Hostname:        hello.GetFacts().GetAttributes()["belay.hostname"],

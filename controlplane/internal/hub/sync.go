@@ -24,12 +24,17 @@ func (s *session) converse() {
 			timer = time.NewTimer(wait)
 			retry = timer.C
 		}
+		// With enough waiting, the device is made to wait by flow control.
+		statuses := s.statuses
+		if len(s.late) >= maxLate {
+			statuses = nil
+		}
 		select {
 		case <-s.ctx.Done():
 		case <-s.changed:
 			stale = true
 		case facts = <-s.facts:
-		case st := <-s.statuses:
+		case st := <-statuses:
 			s.late[st.GetTaskId()] = st
 		case <-retry:
 		}
@@ -63,7 +68,7 @@ func (s *session) converse() {
 // gather takes what else has arrived, so that only the latest status of each
 // task reaches the domain.
 func (s *session) gather() {
-	for {
+	for len(s.late) < maxLate {
 		select {
 		case st := <-s.statuses:
 			s.late[st.GetTaskId()] = st
