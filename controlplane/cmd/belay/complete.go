@@ -63,7 +63,7 @@ func (c *cli) completion(s source) cobra.CompletionFunc {
 }
 
 func (c *cli) clusterNames(ctx context.Context) ([]string, error) {
-	res, err := call(ctx, c, apiv1connect.BelayClient.ListClusters, &apiv1.ListClustersRequest{})
+	res, err := call(ctx, c, apiv1connect.BelayClient.ListClusters, &apiv1.ListClustersRequest{Page: nextPage("")})
 	var out []string
 	for _, cl := range res.GetClusters() {
 		out = append(out, cl.GetName())
@@ -72,7 +72,7 @@ func (c *cli) clusterNames(ctx context.Context) ([]string, error) {
 }
 
 func (c *cli) activationIDs(ctx context.Context) ([]string, error) {
-	res, err := call(ctx, c, apiv1connect.BelayClient.ListActivations, &apiv1.ListActivationsRequest{})
+	res, err := call(ctx, c, apiv1connect.BelayClient.ListActivations, &apiv1.ListActivationsRequest{Page: nextPage("")})
 	var out []string
 	for _, a := range res.GetActivations() {
 		out = append(out, a.GetId()+"\t"+a.GetCluster()+" "+a.GetDescription())
@@ -81,7 +81,7 @@ func (c *cli) activationIDs(ctx context.Context) ([]string, error) {
 }
 
 func (c *cli) instanceIDs(ctx context.Context) ([]string, error) {
-	res, err := call(ctx, c, apiv1connect.BelayClient.ListInstances, &apiv1.ListInstancesRequest{})
+	res, err := call(ctx, c, apiv1connect.BelayClient.ListInstances, &apiv1.ListInstancesRequest{Page: nextPage("")})
 	var out []string
 	for _, i := range res.GetInstances() {
 		out = append(out, i.GetId()+"\t"+i.GetHostname())
@@ -90,7 +90,7 @@ func (c *cli) instanceIDs(ctx context.Context) ([]string, error) {
 }
 
 func (c *cli) taskIDs(ctx context.Context) ([]string, error) {
-	res, err := call(ctx, c, apiv1connect.BelayClient.ListTasks, &apiv1.ListTasksRequest{All: true})
+	res, err := call(ctx, c, apiv1connect.BelayClient.ListTasks, &apiv1.ListTasksRequest{Page: nextPage(""), All: true})
 	var out []string
 	for _, t := range res.GetTasks() {
 		out = append(out, t.GetId()+"\t"+t.GetTaskDefinition()+" "+t.GetLastStatus())
@@ -99,7 +99,7 @@ func (c *cli) taskIDs(ctx context.Context) ([]string, error) {
 }
 
 func (c *cli) families(ctx context.Context) ([]string, error) {
-	res, err := call(ctx, c, apiv1connect.BelayClient.ListTaskDefinitions, &apiv1.ListTaskDefinitionsRequest{})
+	res, err := call(ctx, c, apiv1connect.BelayClient.ListTaskDefinitions, &apiv1.ListTaskDefinitionsRequest{Page: nextPage("")})
 	var out []string
 	seen := map[string]bool{}
 	for _, td := range res.GetTaskDefinitions() {
@@ -112,7 +112,7 @@ func (c *cli) families(ctx context.Context) ([]string, error) {
 }
 
 func (c *cli) revisions(ctx context.Context) ([]string, error) {
-	res, err := call(ctx, c, apiv1connect.BelayClient.ListTaskDefinitions, &apiv1.ListTaskDefinitionsRequest{})
+	res, err := call(ctx, c, apiv1connect.BelayClient.ListTaskDefinitions, &apiv1.ListTaskDefinitionsRequest{Page: nextPage("")})
 	var out []string
 	for _, td := range res.GetTaskDefinitions() {
 		out = append(out, fmt.Sprintf("%s:%d", td.GetFamily(), td.GetRevision()))
