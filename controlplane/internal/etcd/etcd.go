@@ -52,6 +52,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
 	}
 	cfg := embed.NewConfig()
 	cfg.Dir, cfg.Name = filepath.Clean(dir), "belay"
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
 	// The only member has nobody to wait for: elected in a fifth of a second
 	// instead of a whole one.
 	cfg.TickMs, cfg.ElectionMs = 20, 200
