@@ -36,6 +36,8 @@ type Config struct {
 	// Authorize decides whether a principal may do an action to a resource;
 	// nil: the administrator may do everything. Its error is the answer.
 	Authorize func(p Principal, action, resource string) error
+	// Stopping, when closed, ends streams: they would outlive any shutdown.
+	Stopping <-chan struct{}
 }
 
 // Principal is who calls.
@@ -66,7 +68,7 @@ func NewHandler(cfg Config) http.Handler {
 	}
 	mux := http.NewServeMux()
 	path, handler := apiv1connect.NewBelayHandler(s,
-		connect.WithInterceptors(&interceptor{log: cfg.Logger}),
+		connect.WithInterceptors(&interceptor{log: cfg.Logger, stopping: cfg.Stopping}),
 		connect.WithReadMaxBytes(maxRequest),
 		connect.WithCodec(jsonCodec{"json"}),
 		connect.WithCodec(jsonCodec{"json; charset=utf-8"}),
@@ -134,7 +136,10 @@ func (s *server) authorize(ctx context.Context, action, resource string) error {
 
 // interceptor turns errors of the domain into Connect's, message intact, and
 // bounds unary calls.
-type interceptor struct{ log *slog.Logger }
+type interceptor struct {
+	log      *slog.Logger
+	stopping <-chan struct{}
+}
 
 func (i *interceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
@@ -151,9 +156,26 @@ func (i *interceptor) WrapStreamingClient(next connect.StreamingClientFunc) conn
 
 func (i *interceptor) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, c connect.StreamingHandlerConn) error {
-		return i.translate(c.Spec(), next(ctx, c))
+		ctx, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		if i.stopping != nil {
+			go func() {
+				select {
+				case <-i.stopping:
+					cancel(errStopping)
+				case <-ctx.Done():
+				}
+			}()
+		}
+		err := next(ctx, c)
+		if context.Cause(ctx) == errStopping {
+			err = errStopping // not the quiet end of a complete answer
+		}
+		return i.translate(c.Spec(), err)
 	}
 }
+
+var errStopping error = controlplane.Errorf(controlplane.Unavailable, "the control plane is shutting down: try again")
 
 func (i *interceptor) translate(spec connect.Spec, err error) error {
 	var already *connect.Error

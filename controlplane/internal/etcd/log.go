@@ -30,7 +30,12 @@ func (c *core) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Checked
 func besideThePoint(message string) bool {
 	return strings.HasPrefix(message, "Running http and grpc server on single port") ||
 		strings.HasPrefix(message, "simple token is not cryptographically signed") ||
-		strings.HasPrefix(message, "failed to update cluster version") // at a stop soon after the start
+		// At a stop soon after the start.
+		strings.HasPrefix(message, "failed to update cluster version") ||
+		// At the very first start, before there is anything to detect; etcd
+		// tries again by itself.
+		strings.HasPrefix(message, "Failed to detect schema version") ||
+		strings.HasPrefix(message, "failed to update storage version")
 }
 
 func (c *core) Write(e zapcore.Entry, fields []zapcore.Field) error {
