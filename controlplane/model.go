@@ -119,6 +119,12 @@ const (
 	StatusStopped        = "STOPPED"
 )
 
+// Stop codes: who or what wanted a task's end.
+const (
+	StopCodeUser         = "UserInitiated"
+	StopCodeInstanceGone = "TerminationNotice"
+)
+
 // Task is one copy of a task definition on one instance.
 type Task struct {
 	ID            string    `json:"id"` // 32 hex digits
@@ -135,6 +141,7 @@ type Task struct {
 	Sequence      uint64    `json:"sequence"`             // of the last change of the wish, see Bindings
 	CreatedAt     time.Time `json:"createdAt"`
 	StoppingAt    time.Time `json:"stoppingAt,omitzero"`
+	Version       uint64    `json:"version"` // grows with every change of anything here
 
 	// Observed: written only from what the device reports, and by the control
 	// plane for a device that is gone for good.

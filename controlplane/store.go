@@ -1,6 +1,9 @@
 package controlplane
 
-import "context"
+import (
+	"context"
+	"errors"
+)
 
 // Store is the narrow view of etcd that everything else stands on. Keys are
 // UTF-8, parts joined by "/". Values are whole: no partial reads or writes.
@@ -24,6 +27,10 @@ type Store interface {
 	// Revision is the store's revision now.
 	Revision(ctx context.Context) (int64, error)
 }
+
+// ErrCompacted is what Watch returns when the history it was to start from is
+// gone: the caller lists again and watches from there.
+var ErrCompacted = errors.New("the store has forgotten the revisions asked for")
 
 // MaxTxnOps bounds one transaction.
 const MaxTxnOps = 120
