@@ -61,6 +61,7 @@ type Plugin struct {
 	proc   *process
 	stderr *stderrLog
 	client *goplugin.Client
+	addr   net.Addr // of its socket
 	conn   *grpc.ClientConn
 
 	alive   context.Context // ends when the process has
@@ -171,8 +172,9 @@ func (p *Plugin) connect(ctx context.Context) error {
 	defer unhook()
 	go func() { <-p.proc.exited; ended() }()
 
-	_, err := p.client.Start()
+	addr, err := p.client.Start()
 	if err == nil {
+		p.addr = addr
 		var rpc goplugin.ClientProtocol
 		if rpc, err = p.client.Client(); err == nil {
 			_, err = rpc.Dispense("belay")
@@ -383,8 +385,12 @@ func (p *Plugin) explain(ctx context.Context, op string, err error) error {
 		return nil
 	}
 	e := bridge.FromStatus(ctx, op, err)
-	if k := sdk.KindOf(e); ctx.Err() == nil && p.alive.Err() != nil && (k == sdk.Canceled || k == sdk.Unavailable) {
-		return sdk.Errorf(sdk.Unavailable, op, "plugin %s ended during the call: %s", pluginName(p.opts), p.exitStatus())
+	switch k := sdk.KindOf(e); {
+	case ctx.Err() != nil || k != sdk.Canceled && k != sdk.Unavailable:
+	case p.alive.Err() != nil:
+		return sdk.Errorf(sdk.Unavailable, op, "plugin %s has ended: %s", pluginName(p.opts), p.exitStatus())
+	case k == sdk.Canceled: // not by the caller
+		return sdk.Errorf(sdk.Unavailable, op, "plugin %s is ending", pluginName(p.opts))
 	}
 	return e
 }
@@ -392,15 +398,17 @@ func (p *Plugin) explain(ctx context.Context, op string, err error) error {
 // dial connects to the plugin's socket and checks that what listens there
 // runs as the user we started it as.
 func (p *Plugin) dial(ctx context.Context, _ string) (net.Conn, error) {
-	addr, err := p.client.Start()
-	if err != nil {
-		return nil, err
+	if p.alive.Err() != nil {
+		return nil, errors.New("the plugin has ended")
 	}
 	var d net.Dialer
-	c, err := d.DialContext(ctx, addr.Network(), addr.String())
+	c, err := d.DialContext(ctx, p.addr.Network(), p.addr.String())
 	if err != nil {
 		return nil, err
 	}
+	// The kernel closes it too, unless a program the plugin started inherited
+	// the other end: then every call would wait for ever.
+	context.AfterFunc(p.alive, func() { c.Close() })
 	if u, ok := c.(*net.UnixConn); ok {
 		if err := checkPeer(u); err != nil {
 			c.Close()
