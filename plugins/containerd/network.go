@@ -1,0 +1,181 @@
+package containerd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"unsafe"
+
+	"github.com/containernetworking/cni/libcni"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"golang.org/x/sys/unix"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// bridge connects containers to one bridge on the host through CNI plugins.
+type bridge struct {
+	binDirs []string
+	list    *libcni.NetworkConfigList
+	listErr error
+	cni     *libcni.CNIConfig
+	netns   string // directory of bind mounts that hold network namespaces
+	results string // directory of the plugins' answers
+
+	mu sync.Mutex // setting up the bridge itself is racy in the plugins
+}
+
+// addresses outlive the run directory of any one agent, as the bridge does,
+// but not a reboot.
+const addressDir = "/run/belay-cni"
+
+func newBridge(c Config, runDir string) *bridge {
+	b := &bridge{binDirs: c.CNIBinDirs, netns: filepath.Join(runDir, "netns"), results: filepath.Join(runDir, "cni")}
+	br := map[string]any{
+		"type": "bridge", "bridge": c.Bridge.Name, "isGateway": true, "ipMasq": true, "hairpinMode": true,
+		"ipam": map[string]any{
+			"type": "host-local", "dataDir": addressDir,
+			"ranges": [][]map[string]string{{{"subnet": c.Bridge.Subnet}}},
+			"routes": []map[string]string{{"dst": "0.0.0.0/0"}},
+		},
+	}
+	if c.Bridge.MTU > 0 {
+		br["mtu"] = c.Bridge.MTU
+	}
+	plugins := []map[string]any{br}
+	if b.find("firewall") != "" {
+		// Lets traffic through where a firewall's policy is to drop.
+		plugins = append(plugins, map[string]any{"type": "firewall"})
+	}
+	plugins = append(plugins, map[string]any{"type": "portmap", "snat": true, "capabilities": map[string]bool{"portMappings": true}})
+	conf, err := json.Marshal(map[string]any{"cniVersion": "0.4.0", "name": c.Bridge.Name, "plugins": plugins})
+	if err == nil {
+		b.list, err = libcni.ConfListFromBytes(conf)
+	}
+	b.listErr = err
+	b.cni = libcni.NewCNIConfigWithCacheDir(c.CNIBinDirs, b.results, nil)
+	return b
+}
+
+func (b *bridge) find(plugin string) string {
+	for _, d := range b.binDirs {
+		p := filepath.Join(d, plugin)
+		if i, err := os.Stat(p); err == nil && i.Mode().IsRegular() && i.Mode()&0o111 != 0 {
+			return p
+		}
+	}
+	return ""
+}
+
+// usable says what is missing for the bridge network, if anything.
+func (b *bridge) usable() error {
+	if b.listErr != nil {
+		return b.listErr
+	}
+	var missing []string
+	for _, p := range []string{"bridge", "host-local", "portmap"} {
+		if b.find(p) == "" {
+			missing = append(missing, p)
+		}
+	}
+	if missing != nil {
+		return sdk.Errorf(sdk.Unsupported, "", "the bridge network needs the CNI plugins %s, which are not in %s", strings.Join(missing, ", "), strings.Join(b.binDirs, ", ")).
+			WithHint("install containernetworking-plugins, or set cni_bin_dirs")
+	}
+	if _, err := exec.LookPath("iptables"); err != nil {
+		return sdk.Errorf(sdk.Unsupported, "", "the bridge network needs iptables").WithHint("install iptables")
+	}
+	return nil
+}
+
+func (b *bridge) path(id string) string { return filepath.Join(b.netns, id) }
+
+// makeNetNS makes the container's network namespace with its loopback up.
+func (b *bridge) makeNetNS(id string) (string, error) {
+	if err := os.MkdirAll(b.netns, 0o700); err != nil {
+		return "", err
+	}
+	if err := makeNamespace(b.path(id), unix.CLONE_NEWNET, "net", loopbackUp); err != nil {
+		return "", fmt.Errorf("make the network namespace: %w", err)
+	}
+	return b.path(id), nil
+}
+
+// loopbackUp sets lo up in the calling thread's namespace.
+func loopbackUp() error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(s), unix.SIOCSIFFLAGS, uintptr(unsafe.Pointer(ifr))); e != 0 {
+		return fmt.Errorf("set loopback up: %w", e)
+	}
+	return nil
+}
+
+// connect gives the namespace an address on the bridge and maps its ports.
+func (b *bridge) connect(ctx context.Context, id string, ports []sdk.PortMapping) (ip string, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	res, err := b.cni.AddNetworkList(ctx, b.list, b.conf(id, ports))
+	if err != nil {
+		return "", fmt.Errorf("connect to the bridge network: %w", err)
+	}
+	r, err := types100.NewResultFromResult(res)
+	if err != nil {
+		return "", err
+	}
+	if len(r.IPs) == 0 {
+		return "", errors.New("connect to the bridge network: no address was given")
+	}
+	return r.IPs[0].Address.IP.String(), nil
+}
+
+// release undoes makeNetNS and connect, whole or partly done, any number of times.
+func (b *bridge) release(ctx context.Context, id string, ports []sdk.PortMapping) error {
+	path := b.path(id)
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var err error
+	if isMount(path) {
+		b.mu.Lock()
+		err = b.cni.DelNetworkList(ctx, b.list, b.conf(id, ports))
+		b.mu.Unlock()
+		if err != nil {
+			err = fmt.Errorf("disconnect from the bridge network: %w", err)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if err := unmount(path); err != nil {
+		return err
+	}
+	return os.Remove(path)
+}
+
+func (b *bridge) conf(id string, ports []sdk.PortMapping) *libcni.RuntimeConf {
+	rt := &libcni.RuntimeConf{ContainerID: id, NetNS: b.path(id), IfName: "eth0", CapabilityArgs: map[string]any{}}
+	var maps []map[string]any
+	for _, m := range ports {
+		maps = append(maps, map[string]any{"hostPort": m.HostPort, "containerPort": m.ContainerPort, "protocol": m.Protocol, "hostIP": m.HostIP})
+	}
+	if maps != nil {
+		rt.CapabilityArgs["portMappings"] = maps
+	}
+	return rt
+}

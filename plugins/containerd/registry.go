@@ -1,0 +1,174 @@
+package containerd
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// resolver reaches the registry of one pull. The task's own credentials go to
+// the registry the reference names, never to a mirror of it.
+func (c Config) resolver(creds *sdk.Credentials) remotes.Resolver {
+	return docker.NewResolver(docker.ResolverOptions{
+		Hosts: func(host string) ([]docker.RegistryHost, error) {
+			var all []docker.RegistryHost
+			for _, m := range c.Registries[host].Mirrors {
+				name, path, _ := strings.Cut(m, "/")
+				h, err := c.host(name, nil)
+				if err != nil {
+					return nil, err
+				}
+				if path != "" {
+					h.Path = "/v2/" + strings.Trim(path, "/")
+				}
+				all = append(all, h)
+			}
+			h, err := c.host(host, creds)
+			if err != nil {
+				return nil, err
+			}
+			return append(all, h), nil
+		},
+	})
+}
+
+// host says how one registry is reached.
+func (c Config) host(name string, creds *sdk.Credentials) (docker.RegistryHost, error) {
+	reg := c.Registries[name]
+	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: reg.SkipVerify}
+	if reg.CA != "" {
+		pem, err := os.ReadFile(reg.CA)
+		if err != nil {
+			return docker.RegistryHost{}, sdk.Errorf(sdk.Invalid, "", "read the CA of registry %s: %w", name, err)
+		}
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		if !pool.AppendCertsFromPEM(pem) {
+			return docker.RegistryHost{}, sdk.Errorf(sdk.Invalid, "", "the CA of registry %s holds no certificate: %s", name, reg.CA)
+		}
+		tlsConfig.RootCAs = pool
+	}
+	transport := &http.Transport{
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		TLSClientConfig:       tlsConfig,
+		TLSHandshakeTimeout:   15 * time.Second,
+		ResponseHeaderTimeout: 60 * time.Second,
+		IdleConnTimeout:       5 * time.Second, // the transport lives for one pull
+		ForceAttemptHTTP2:     true,
+	}
+	scheme, client := "https", &http.Client{Transport: transport}
+	switch {
+	case reg.PlainHTTP != nil && *reg.PlainHTTP:
+		scheme = "http"
+	case reg.PlainHTTP == nil && reg.CA == "" && docker.IsLocalhost(name):
+		client.Transport = docker.NewHTTPFallback(transport)
+	}
+	user, pass := reg.Username, reg.Password
+	if creds != nil && creds.Username != "" {
+		user, pass = creds.Username, creds.Password
+	}
+	host, err := docker.DefaultHost(name)
+	if err != nil {
+		return docker.RegistryHost{}, err
+	}
+	return docker.RegistryHost{
+		Client: client,
+		Authorizer: docker.NewDockerAuthorizer(docker.WithAuthClient(client),
+			docker.WithAuthCreds(func(string) (string, string, error) { return user, pass, nil })),
+		Host:         host,
+		Scheme:       scheme,
+		Path:         "/v2",
+		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve,
+	}, nil
+}
+
+// failPull sorts what a registry answered from what containerd did.
+func (r *Runtime) failPull(op, registry string, hadCredentials bool, err error) error {
+	var known *sdk.Error
+	if errors.As(err, &known) {
+		return r.fail(op, err)
+	}
+	with := func(kind sdk.ErrorKind, hint, format string, args ...any) error {
+		return sdk.Errorf(kind, op, format, args...).WithHint(hint)
+	}
+	refused := func(why error) error {
+		if hadCredentials {
+			return with(sdk.Unauthorized, "check the user name, the password and what they may pull", "registry %s refuses the credentials: %w", registry, why)
+		}
+		return with(sdk.Unauthorized, "give repositoryCredentials, or set username and password for this registry", "registry %s wants credentials: %w", registry, why)
+	}
+	var (
+		answered  remoteerrors.ErrUnexpectedStatus
+		unknownCA x509.UnknownAuthorityError
+		hostname  x509.HostnameError
+		badCert   x509.CertificateInvalidError
+		record    tls.RecordHeaderError
+		asked     *url.Error
+		dns       *net.DNSError
+	)
+	switch {
+	case errors.Is(err, docker.ErrInvalidAuthorization):
+		return refused(errors.New("401 Unauthorized"))
+	case errors.As(err, &answered):
+		switch code := answered.StatusCode; {
+		case code == http.StatusUnauthorized, code == http.StatusForbidden:
+			return refused(errors.New(answered.Status))
+		case code == http.StatusNotFound:
+			return with(sdk.NotFound, "check the name and the tag", "registry %s has no such image", registry)
+		case code == http.StatusTooManyRequests:
+			return with(sdk.Unavailable, "the registry limits how much may be pulled: credentials or a mirror may help", "registry %s answers %s", registry, answered.Status)
+		case code >= 500:
+			return with(sdk.Unavailable, "the registry is in trouble: it will be tried again", "registry %s answers %s", registry, answered.Status)
+		default:
+			return with(sdk.Invalid, "check that this is an image registry", "registry %s answers %s", registry, answered.Status)
+		}
+	case errors.As(err, &unknownCA):
+		return with(sdk.Unavailable, "set ca for this registry to the PEM file of its CA", "the certificate of registry %s is signed by nobody this device trusts: %w", registry, unknownCA)
+	case errors.As(err, &hostname), errors.As(err, &badCert):
+		return with(sdk.Unavailable, "check the registry's certificate and this device's clock", "the certificate of registry %s is not valid: %v", registry, rootCause(err))
+	case errors.As(err, &record), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		return with(sdk.Unavailable, "if it speaks plain HTTP, set plain_http for this registry", "registry %s does not speak TLS", registry)
+	case strings.Contains(err.Error(), "malformed HTTP response"):
+		return with(sdk.Unavailable, "if it speaks TLS, unset plain_http for this registry", "registry %s does not speak plain HTTP", registry)
+	case errors.As(err, &dns):
+		return with(sdk.Unavailable, "check the name and this device's DNS", "registry %s: %w", registry, dns)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return with(sdk.Unavailable, "check that the registry is up and the port is right", "registry %s refuses connections", registry)
+	case errors.As(err, &asked):
+		return with(sdk.Unavailable, "check the network between this device and the registry", "registry %s cannot be reached: %v", registry, rootCause(asked))
+	case errdefs.IsNotFound(err) && !errors.Is(err, errNoPlatform):
+		return with(sdk.NotFound, "check the name and the tag", "registry %s has no such image", registry)
+	}
+	return r.fail(op, err)
+}
+
+// rootCause is the innermost error: what is around it repeats the URL.
+func rootCause(err error) error {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			return err
+		}
+		err = inner
+	}
+}
+
+var errNoPlatform = fmt.Errorf("no manifest for this platform: %w", errdefs.ErrNotFound)

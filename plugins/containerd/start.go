@@ -1,0 +1,231 @@
+package containerd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// Start implements sdk.Runtime.
+func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container, error) {
+	op := "start " + q.Attempt.String()
+	if err := validAttempt(op, q.Attempt); err != nil {
+		return sdk.Container{}, err
+	}
+	ctx = r.in(ctx)
+	unlock, err := r.tasks.lock(ctx, containerID(q.Attempt))
+	if err != nil {
+		return sdk.Container{}, r.fail(op, err)
+	}
+	defer unlock()
+	// An earlier process of this plugin may have died in the middle of the
+	// same Start, and containerd may still be at what that one asked for.
+	for tries := 0; ; tries++ {
+		c, err := r.adoptOrCreate(ctx, q)
+		if err == nil {
+			return c, nil
+		}
+		var known *sdk.Error
+		if errors.As(err, &known) || !(errdefs.IsAlreadyExists(err) || errors.Is(err, errHalfMade)) || tries == 3 {
+			return sdk.Container{}, r.fail(op, err)
+		}
+		r.log.Info("clearing away what an interrupted start left", "container", containerID(q.Attempt), "reason", err)
+	}
+}
+
+var errHalfMade = errors.New("half made by an interrupted start")
+
+func (r *Runtime) adoptOrCreate(ctx context.Context, q sdk.StartRequest) (sdk.Container, error) {
+	h, err := r.find(ctx, q.Attempt)
+	switch {
+	case err != nil:
+		return sdk.Container{}, err
+	case h == nil:
+		return r.create(ctx, q)
+	case h.container.State != sdk.StateCreated:
+		return h.container, nil
+	}
+	// Made and never run: whether its network was finished is not known, and
+	// nothing of it has run, so it is made again.
+	cctx, cancel := after(ctx)
+	defer cancel()
+	if err := r.discard(cctx, h.id, h.container.Ports); err != nil {
+		return sdk.Container{}, err
+	}
+	return sdk.Container{}, errHalfMade
+}
+
+// create makes and starts an attempt of which there is nothing yet.
+func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Container, err error) {
+	id := containerID(q.Attempt)
+	p, err := r.plan(ctx, q)
+	if err != nil {
+		return sdk.Container{}, err
+	}
+	release, err := r.reservePorts(ctx, id, q.Spec.Ports)
+	if err != nil {
+		return sdk.Container{}, err
+	}
+	defer release()
+	defer func() {
+		if err != nil {
+			ctx, cancel := after(ctx)
+			defer cancel()
+			if left := r.discard(ctx, id, q.Spec.Ports); left != nil {
+				r.log.Error("a failed start left something behind", "container", id, "err", left)
+			}
+		}
+	}()
+	if err := r.writeFiles(id, p); err != nil {
+		return sdk.Container{}, fmt.Errorf("write the container's files: %w", err)
+	}
+	if p.network == sdk.NetworkBridge {
+		if p.netns, err = r.bridge.makeNetNS(id); err != nil {
+			return sdk.Container{}, err
+		}
+	}
+	// The address is needed when the program runs, not before: CNI plugins
+	// and runc work side by side.
+	g, gctx := errgroup.WithContext(ctx)
+	if p.network == sdk.NetworkBridge {
+		g.Go(func() error {
+			ip, err := r.bridge.connect(gctx, id, q.Spec.Ports)
+			if err != nil {
+				return err
+			}
+			return r.writeAddress(id, p, ip)
+		})
+	}
+	g.Go(func() error { return r.createTask(gctx, p) })
+	if err := g.Wait(); err != nil {
+		return sdk.Container{}, err
+	}
+	if err := r.mark(id, "started"); err != nil {
+		return sdk.Container{}, err
+	}
+	if _, err := r.client.TaskService().Start(ctx, &tasksapi.StartRequest{ContainerID: id}); err != nil {
+		return sdk.Container{}, errgrpc.ToNative(err)
+	}
+	h, err := r.find(ctx, q.Attempt)
+	if err != nil {
+		return sdk.Container{}, err
+	}
+	if h == nil {
+		return sdk.Container{}, errors.New("containerd lost the container it just started")
+	}
+	return h.container, nil
+}
+
+// createTask makes the container's record, root file system and process; the
+// process waits to be started.
+func (r *Runtime) createTask(ctx context.Context, p *plan) error {
+	labels := map[string]string{}
+	for k, v := range p.q.Spec.Labels {
+		labels[k] = v
+	}
+	a := p.q.Attempt
+	for k, v := range map[string]string{
+		labelOwner: r.owner, labelTask: a.Task, labelContainer: a.Container, labelAttempt: strconv.Itoa(a.Number),
+		labelBoot: r.bootID, labelDigest: p.q.Spec.Digest, labelNetwork: p.network, labelStop: p.config.Config.StopSignal,
+	} {
+		labels[k] = v
+	}
+	for i, m := range p.q.Spec.Ports {
+		labels[labelPort+strconv.Itoa(i)] = portLabel(m)
+	}
+	make := func() (client.Container, error) {
+		return r.client.NewContainer(ctx, p.id,
+			client.WithContainerLabels(labels),
+			client.WithRuntime(r.cfg.Runtime, nil),
+			client.WithSnapshotter(p.snapshotter),
+			client.WithNewSnapshot(p.id, p.image),
+			client.WithNewSpec(p.specOpts()...),
+		)
+	}
+	c, err := make()
+	if errdefs.IsAlreadyExists(err) {
+		// A snapshot whose container was never recorded.
+		if e := r.client.SnapshotService(p.snapshotter).Remove(ctx, p.id); e != nil && !errdefs.IsNotFound(e) {
+			return errors.Join(err, e)
+		}
+		c, err = make()
+	}
+	if err != nil {
+		return err
+	}
+	_, err = c.NewTask(ctx, func(string) (cio.IO, error) {
+		return output{cio.Config{Terminal: p.q.Spec.Terminal, Stdin: p.stdin, Stdout: p.q.Stdout, Stderr: p.stderr()}}, nil
+	})
+	return err
+}
+
+// output names the container's standard streams to the shim, which opens them
+// itself: plugin and agent may die, and the container keeps writing. The shim
+// takes plain paths as FIFOs or as files to append to.
+type output struct{ config cio.Config }
+
+func (o output) Config() cio.Config { return o.config }
+func (output) Cancel()              {}
+func (output) Wait()                {}
+func (output) Close() error         { return nil }
+
+// discard removes everything made for a container, whatever there is of it.
+func (r *Runtime) discard(ctx context.Context, id string, ports []sdk.PortMapping) error {
+	c, err := r.client.LoadContainer(ctx, id)
+	switch {
+	case errdefs.IsNotFound(err):
+		r.mu.Lock()
+		s := r.snapshotter
+		r.mu.Unlock()
+		if s != "" {
+			if err := r.client.SnapshotService(s).Remove(ctx, id); err != nil && !errdefs.IsNotFound(err) {
+				return fmt.Errorf("remove snapshot: %w", err)
+			}
+		}
+	case err != nil:
+		return err
+	default:
+		t, err := c.Task(ctx, nil)
+		if err == nil {
+			if _, err := t.Delete(ctx, client.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
+				return fmt.Errorf("delete task: %w", err)
+			}
+		} else if !errdefs.IsNotFound(err) {
+			return err
+		}
+		if err := c.Delete(ctx, client.WithSnapshotCleanup); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("delete container: %w", err)
+		}
+	}
+	if err := r.bridge.release(ctx, id, ports); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(r.containerDir(id)); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	delete(r.attempts, id)
+	r.mu.Unlock()
+	return nil
+}
+
+// makeFIFO makes a FIFO unless there is one.
+func makeFIFO(path string) error {
+	if err := unix.Mkfifo(path, 0o600); err != nil && !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	return nil
+}
