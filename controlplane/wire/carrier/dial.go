@@ -1,0 +1,213 @@
+package carrier
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"github.com/belay-edge/belay/controlplane/wire"
+)
+
+// DialConfig says whom to call and as whom.
+type DialConfig struct {
+	Address     string          // host:port
+	Transport   string          // wire.TransportQUIC or wire.TransportTCP
+	Protocol    string          // wire.ProtocolTunnel or wire.ProtocolEnroll
+	Certificate tls.Certificate // the device's, see SelfSigned
+	Pins        []wire.Pin      // keys of CAs to accept, at least one
+}
+
+// Dial opens a session. ctx bounds the dialling only. Errors: ErrWrongPin,
+// ErrNotControlPlane, ErrUnreachable.
+func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
+	if err := wire.CheckAddress(cfg.Address); err != nil {
+		return nil, err
+	}
+	host, _, _ := net.SplitHostPort(cfg.Address)
+	conf := clientTLS(cfg.Certificate, cfg.Pins, cfg.Protocol, host)
+	var s wire.Session
+	var err error
+	switch cfg.Transport {
+	case wire.TransportQUIC:
+		s, err = dialQUIC(ctx, cfg.Address, conf)
+	case wire.TransportTCP:
+		s, err = dialTCP(ctx, cfg.Address, conf)
+	default:
+		return nil, fmt.Errorf("transport %q: want %s or %s", cfg.Transport, wire.TransportQUIC, wire.TransportTCP)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("dial %s over %s: %w", cfg.Address, cfg.Transport, classify(err))
+	}
+	return s, nil
+}
+
+func dialTCP(ctx context.Context, address string, conf *tls.Config) (wire.Session, error) {
+	// Keepalives of TCP would cost traffic that the session's own make
+	// unnecessary.
+	d := net.Dialer{KeepAlive: -1}
+	raw, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	conn := tls.Client(raw, conf)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		_ = raw.Close()
+		return nil, err
+	}
+	s, err := newTCPSession(conn, true)
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// dialQUIC tries each address of the host in turn, all within ctx.
+func dialQUIC(ctx context.Context, address string, conf *tls.Config) (wire.Session, error) {
+	addrs, err := resolve(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	var failed []error
+	for i, a := range addrs {
+		share, cancel := shareOf(ctx, len(addrs)-i)
+		s, err := dialQUICAddr(share, a, conf)
+		cancel()
+		if err == nil {
+			return s, nil
+		}
+		failed = append(failed, err)
+		if ctx.Err() != nil || errors.Is(err, ErrWrongPin) {
+			break
+		}
+	}
+	return nil, errors.Join(failed...)
+}
+
+func dialQUICAddr(ctx context.Context, addr netip.AddrPort, conf *tls.Config) (wire.Session, error) {
+	quietQUIC()
+	// A wildcard socket, never connected: it survives a change of the
+	// device's address and a NAT that forgets.
+	sock, err := net.ListenUDP("udp", nil)
+	if err != nil {
+		return nil, fmt.Errorf("open a UDP socket: %w", err)
+	}
+	tr := &quic.Transport{Conn: sock}
+	release := func() {
+		_ = tr.Close()
+		_ = sock.Close()
+	}
+	conn, err := tr.Dial(ctx, net.UDPAddrFromAddrPort(addr), conf, quicConfig(true))
+	if err != nil {
+		release()
+		return nil, err
+	}
+	s, err := newQUICSession(conn, release)
+	if err != nil {
+		_ = conn.CloseWithError(0, "")
+		release()
+		return nil, err
+	}
+	return s, nil
+}
+
+func resolve(ctx context.Context, address string) ([]netip.AddrPort, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
+	number, err := net.DefaultResolver.LookupPort(ctx, "udp", port)
+	if err != nil {
+		return nil, err
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]netip.AddrPort, 0, len(ips))
+	for _, ip := range ips {
+		out = append(out, netip.AddrPortFrom(ip.Unmap(), uint16(number)))
+	}
+	return out, nil
+}
+
+// shareOf leaves as much time for each of n tries.
+func shareOf(ctx context.Context, n int) (context.Context, context.CancelFunc) {
+	deadline, ok := ctx.Deadline()
+	if !ok || n <= 1 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, time.Until(deadline)/time.Duration(n))
+}
+
+// noProtocol is TLS's alert for ALPN without a common name (RFC 7301).
+const noProtocol = 120
+
+// classify puts one of the package's errors around what the libraries say.
+func classify(err error) error {
+	if errors.Is(err, ErrWrongPin) || errors.Is(err, ErrNotControlPlane) {
+		return plain(err)
+	}
+	var remote *net.OpError
+	if errors.As(err, &remote) && remote.Op == "remote error" {
+		// A TLS server that does not know our protocol, or none of ours.
+		return fmt.Errorf("%w (%w)", ErrNotControlPlane, remote.Err)
+	}
+	var transport *quic.TransportError
+	if errors.As(err, &transport) {
+		if transport.ErrorCode.IsCryptoError() {
+			if transport.ErrorCode == 0x100+noProtocol || transport.Remote {
+				return fmt.Errorf("%w (%w)", ErrNotControlPlane, err)
+			}
+			return err
+		}
+		if transport.ErrorCode == quic.ConnectionRefused {
+			return fmt.Errorf("%w: the server is busy", ErrUnreachable)
+		}
+	}
+	var version *quic.VersionNegotiationError
+	var record tls.RecordHeaderError
+	var unknown x509.UnknownAuthorityError
+	switch {
+	case errors.As(err, &version), errors.As(err, &record), errors.As(err, &unknown):
+		return fmt.Errorf("%w (%w)", ErrNotControlPlane, err)
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("%w (it closed the connection)", ErrNotControlPlane)
+	case errors.Is(err, context.Canceled):
+		return err
+	}
+	var dns *net.DNSError
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.As(err, &dns):
+		return fmt.Errorf("%w: the name %q is not known to DNS (%s)", ErrUnreachable, dns.Name, dns.Err)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%w: connection refused, nothing listens there", ErrUnreachable)
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded),
+		errors.As(err, &timeout) && timeout.Timeout():
+		return fmt.Errorf("%w in time", ErrUnreachable)
+	}
+	if strings.HasPrefix(err.Error(), "tls:") {
+		return fmt.Errorf("%w (%w)", ErrNotControlPlane, err)
+	}
+	return fmt.Errorf("%w: %w", ErrUnreachable, err)
+}
+
+// plain drops what quic-go and crypto/tls wrapped around our own error.
+func plain(err error) error {
+	if errors.Is(err, ErrWrongPin) {
+		return ErrWrongPin
+	}
+	return ErrNotControlPlane
+}

@@ -1,0 +1,339 @@
+package carrier
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"github.com/belay-edge/belay/controlplane/wire"
+)
+
+// ListenConfig describes the one port of a control plane.
+type ListenConfig struct {
+	Address string          // host:port, for TCP and UDP alike
+	Tunnel  tls.Certificate // a leaf with the pinned CA in its chain
+	API     tls.Certificate // what API clients see; zero: Tunnel
+	// ResetKey lets agents notice a restart at once instead of after Idle: it
+	// has to stay the same from start to start. Zero: they wait. See CA.Secret.
+	ResetKey [32]byte
+	Logger   *slog.Logger
+
+	MaxConns         int           // over both transports each; 0: 20000
+	MaxHandshakes    int           // unfinished at once, TCP; 0: 1024
+	HandshakeTimeout time.Duration // 0: 10 s
+}
+
+// Listener is one port, TCP and UDP: tunnels and enrolments from both come out
+// of Accept, API connections out of HTTP.
+type Listener struct {
+	cfg   ListenConfig
+	log   *slog.Logger
+	tcp   net.Listener
+	udp   *net.UDPConn
+	quic  *quic.Listener
+	tr    *quic.Transport
+	conf  *tls.Config
+	http  *httpListener
+	found chan wire.Session
+
+	stop       context.CancelFunc
+	ctx        context.Context
+	loops      sync.WaitGroup
+	handshakes atomic.Int64 // TCP, unfinished
+	tcpConns   atomic.Int64
+	quicConns  atomic.Int64
+	quicFresh  atomic.Int64 // QUIC, not yet accepted
+}
+
+// Listen opens the port and starts accepting.
+func Listen(cfg ListenConfig) (*Listener, error) {
+	quietQUIC()
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.MaxConns == 0 {
+		cfg.MaxConns = 20000
+	}
+	if cfg.MaxHandshakes == 0 {
+		cfg.MaxHandshakes = 1024
+	}
+	if cfg.HandshakeTimeout == 0 {
+		cfg.HandshakeTimeout = 10 * time.Second
+	}
+	if cfg.API.Certificate == nil {
+		cfg.API = cfg.Tunnel
+	}
+	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session, 64)}
+	l.ctx, l.stop = context.WithCancel(context.Background())
+	if err := l.bind(); err != nil {
+		l.stop()
+		return nil, err
+	}
+	l.conf = serverTLS(cfg.Tunnel, apiTLS(cfg.API))
+	l.http = newHTTPListener(l.ctx, l.tcp.Addr())
+	l.tr = &quic.Transport{
+		Conn: l.udp,
+		// Above some unfinished handshakes, make new callers prove their
+		// address first: one round trip, no state.
+		VerifySourceAddress: func(net.Addr) bool { return l.quicFresh.Load() > 256 },
+		ConnContext:         l.admit,
+	}
+	if cfg.ResetKey != [32]byte{} {
+		key := quic.StatelessResetKey(cfg.ResetKey)
+		l.tr.StatelessResetKey = &key
+	}
+	var err error
+	if l.quic, err = l.tr.Listen(serverTLS(cfg.Tunnel, nil), quicConfig(false)); err != nil {
+		l.stop()
+		_ = l.tcp.Close()
+		_ = l.udp.Close()
+		return nil, fmt.Errorf("listen for QUIC on %s: %w", cfg.Address, err)
+	}
+	l.loops.Go(l.acceptTCP)
+	l.loops.Go(l.acceptQUIC)
+	return l, nil
+}
+
+// bind takes the same port for TCP and UDP; with port 0, one free for both.
+func (l *Listener) bind() error {
+	host, port, err := net.SplitHostPort(l.cfg.Address)
+	if err != nil {
+		return fmt.Errorf("listen on %q: want host:port", l.cfg.Address)
+	}
+	lc := net.ListenConfig{KeepAlive: -1}
+	for try := 0; ; try++ {
+		tcp, err := lc.Listen(l.ctx, "tcp", l.cfg.Address)
+		if err != nil {
+			return listenError(l.cfg.Address, err)
+		}
+		got := tcp.Addr().(*net.TCPAddr)
+		udp, err := lc.ListenPacket(l.ctx, "udp", net.JoinHostPort(host, strconv.Itoa(got.Port)))
+		if err == nil {
+			l.tcp, l.udp = tcp, udp.(*net.UDPConn)
+			return nil
+		}
+		_ = tcp.Close()
+		if port != "0" || try == 20 {
+			return listenError(l.cfg.Address, err)
+		}
+	}
+}
+
+func listenError(address string, err error) error {
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("listen on %s: another process has this port, choose one with --listen: %w", address, err)
+	}
+	return fmt.Errorf("listen on %s: %w", address, err)
+}
+
+// Addr is the address of TCP; UDP has the same port.
+func (l *Listener) Addr() net.Addr { return l.tcp.Addr() }
+
+// HTTP hands out API connections, TLS done, for an http.Server without a
+// TLSConfig: it then speaks HTTP/2 and HTTP/1.1 as negotiated.
+func (l *Listener) HTTP() net.Listener { return l.http }
+
+// Accept returns the next session of an agent, enrolments included.
+func (l *Listener) Accept(ctx context.Context) (wire.Session, error) {
+	select {
+	case s := <-l.found:
+		return s, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-l.ctx.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+// Close ends the listener and waits for its loops. Sessions and API connections
+// are for whoever took them to end before: what is left of QUIC is cut off
+// without a word.
+func (l *Listener) Close() error {
+	l.stop()
+	err := errors.Join(l.tcp.Close(), l.quic.Close(), l.tr.Close(), l.udp.Close())
+	l.loops.Wait()
+	_ = l.http.Close()
+	for {
+		select {
+		case s := <-l.found:
+			s.Close(wire.CodeShutdown, "the control plane is shutting down")
+		default:
+			return err
+		}
+	}
+}
+
+// deliver never blocks a loop: with no one to take it, a session is refused.
+func (l *Listener) deliver(s wire.Session) {
+	select {
+	case l.found <- s:
+	default:
+		s.Close(wire.CodeOverloaded, "the control plane is busy, try again")
+	}
+}
+
+// admit counts a QUIC connection from its first packet to its end.
+func (l *Listener) admit(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
+	if l.quicConns.Add(1) > int64(l.cfg.MaxConns) {
+		l.quicConns.Add(-1)
+		return nil, errors.New("too many connections")
+	}
+	l.quicFresh.Add(1)
+	fresh := sync.OnceFunc(func() { l.quicFresh.Add(-1) })
+	context.AfterFunc(ctx, func() {
+		fresh()
+		l.quicConns.Add(-1)
+	})
+	return context.WithValue(ctx, freshKey{}, fresh), nil
+}
+
+// freshKey finds in a connection's context what counts its handshake as done.
+type freshKey struct{}
+
+func (l *Listener) acceptQUIC() {
+	for {
+		conn, err := l.quic.Accept(l.ctx)
+		if err != nil {
+			if l.ctx.Err() == nil {
+				l.log.Error("QUIC stopped accepting; agents use TCP until a restart", "err", err)
+			}
+			return
+		}
+		if fresh, ok := conn.Context().Value(freshKey{}).(func()); ok {
+			fresh()
+		}
+		s, err := newQUICSession(conn, nil)
+		if err != nil {
+			_ = conn.CloseWithError(quic.ApplicationErrorCode(wire.CodeNumber(wire.CodeProtocol)), err.Error())
+			continue
+		}
+		l.deliver(s)
+	}
+}
+
+func (l *Listener) acceptTCP() {
+	for {
+		raw, err := l.tcp.Accept()
+		if err != nil {
+			if l.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// Out of file descriptors, most likely: it passes.
+			l.log.Warn("accept a TCP connection", "err", err)
+			select {
+			case <-time.After(100 * time.Millisecond):
+			case <-l.ctx.Done():
+			}
+			continue
+		}
+		if l.handshakes.Add(1) > int64(l.cfg.MaxHandshakes) || l.tcpConns.Load() >= int64(l.cfg.MaxConns) {
+			l.handshakes.Add(-1)
+			_ = raw.Close()
+			continue
+		}
+		l.tcpConns.Add(1)
+		counted := &countedConn{Conn: raw, free: sync.OnceFunc(func() { l.tcpConns.Add(-1) })}
+		l.loops.Go(func() { l.greet(counted) })
+	}
+}
+
+// greet does the handshake of one connection and sends it where it belongs.
+func (l *Listener) greet(raw *countedConn) {
+	conn := tls.Server(raw, l.conf)
+	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
+	err := conn.HandshakeContext(ctx)
+	cancel()
+	l.handshakes.Add(-1)
+	if err != nil {
+		l.log.Debug("TLS handshake", "peer", raw.RemoteAddr(), "err", err)
+		_ = raw.Close()
+		return
+	}
+	switch conn.ConnectionState().NegotiatedProtocol {
+	case wire.ProtocolTunnel, wire.ProtocolEnroll:
+		s, err := newTCPSession(conn, false)
+		if err != nil {
+			l.log.Debug("start a session", "peer", raw.RemoteAddr(), "err", err)
+			_ = conn.Close()
+			return
+		}
+		l.deliver(s)
+	default:
+		if tcp, ok := raw.Conn.(*net.TCPConn); ok {
+			_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true})
+		}
+		l.http.deliver(conn)
+	}
+}
+
+// countedConn gives its place back when it is closed.
+type countedConn struct {
+	net.Conn
+	free func()
+}
+
+func (c *countedConn) Close() error {
+	c.free()
+	return c.Conn.Close()
+}
+
+// httpListener is a net.Listener over connections that arrive by channel. They
+// are *tls.Conn, which is how http.Server learns what ALPN chose. Closing it
+// leaves the tunnels alone.
+type httpListener struct {
+	addr  net.Addr
+	conns chan net.Conn
+	done  context.Context
+	close context.CancelFunc
+}
+
+func newHTTPListener(ctx context.Context, addr net.Addr) *httpListener {
+	h := &httpListener{addr: addr, conns: make(chan net.Conn, 64)}
+	h.done, h.close = context.WithCancel(ctx)
+	return h
+}
+
+func (h *httpListener) deliver(c net.Conn) {
+	if h.done.Err() != nil {
+		_ = c.Close()
+		return
+	}
+	select {
+	case h.conns <- c:
+	default:
+		_ = c.Close()
+	}
+}
+
+func (h *httpListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-h.conns:
+		return c, nil
+	case <-h.done.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+func (h *httpListener) Close() error {
+	h.close()
+	for {
+		select {
+		case c := <-h.conns:
+			_ = c.Close()
+		default:
+			return nil
+		}
+	}
+}
+
+func (h *httpListener) Addr() net.Addr { return h.addr }

@@ -1,0 +1,79 @@
+// Package wire is the protocol between an agent and a control plane: frames,
+// failure codes, activation codes, and the seam (Session, Stream) behind which
+// package carrier moves bytes.
+//
+// # Carriers and sessions
+//
+// The agent dials out, over QUIC or over TLS 1.3 on TCP, to one port. Both
+// ends name what they speak by ALPN: ProtocolTunnel for the tunnel,
+// ProtocolEnroll for enrolment. The agent trusts a server whose certificate is
+// signed by the CA whose public key hashes to its Pin; names and validity times
+// are ignored, because device clocks cannot be trusted. The server asks for a
+// client certificate and looks at nothing but its public key.
+//
+// A session is disposable: any failure ends it, and the next one starts from
+// levels. Nothing is remembered from one to the next but what Hello says.
+//
+// # Frames
+//
+// A stream carries frames: four bytes of length, big-endian, then that many
+// bytes of a protobuf Frame, at most MaxFrame. Whoever opens a stream sends
+// Open first. A receiver ignores a frame whose body it does not know and fields
+// it does not know, and abandons a stream whose type it does not know; the
+// session goes on. Bytes that are no frame end the session.
+//
+// # Streams
+//
+//   - CONTROL: opened by the agent, once. Hello is answered by Welcome; with a
+//     failure in it the session is over. Then the control plane sends
+//     Assignments, one a task, and EndOfSet; later changes come the same way,
+//     as increments unless EndOfSet says full. The agent answers AssignmentAck
+//     once a set is persisted. The agent sends TaskStatus, the latest of each
+//     task, again on every new session until a StatusAck carries its sequence.
+//     Facts go whole whenever they change. Ping is answered by Pong from the
+//     other side at once, in order with what came before it. Goodbye from the
+//     control plane ends the session and says why.
+//   - REQUEST: opened by the control plane. One Request; the agent answers
+//     with Chunks or a Reply, then Done. The asker sends nothing more; when its
+//     direction ends before Done it no longer wants the answer.
+//
+// No stream depends on half-close: ends are marked by frames (Done, Goodbye),
+// because yamux, which carries streams over TCP, can only close both ways.
+//
+// An enrolment session has one stream: Open (CONTROL), EnrollRequest, then
+// EnrollResponse from the control plane, which closes the session.
+//
+// # Versions
+//
+// Version is one integer. Each side says its own, both then speak the lower.
+// An agent works with every newer control plane, always; a control plane
+// serves every agent from version 1 on. History:
+//
+//   - 1 (2026-11): enrolment; hello and welcome; assignments, full and
+//     incremental; task status; facts; ping; logs by request stream.
+package wire
+
+import "time"
+
+// Version is the protocol version this build speaks. See the package comment
+// for what each one brought.
+const Version = 1
+
+// ALPN names.
+const (
+	ProtocolTunnel = "belay/1"
+	ProtocolEnroll = "belay-enroll/1"
+)
+
+// Limits and times both sides keep to.
+const (
+	// MaxFrame is the size of the largest frame, without its length.
+	MaxFrame = 4 << 20
+	// MaxFirstFrame bounds what is read from a peer that has not registered.
+	MaxFirstFrame = 256 << 10
+
+	// KeepAlive is how often the agent's side shows that the session lives.
+	KeepAlive = 25 * time.Second
+	// Idle is how long a silent session is kept.
+	Idle = 75 * time.Second
+)
