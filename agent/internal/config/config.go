@@ -17,18 +17,20 @@ const DefaultPath = "/etc/belay/agent.toml"
 // Config is everything an operator can set. packaging/agent.toml documents
 // every key and decodes to Default.
 type Config struct {
-	StateDir        string            `toml:"state_dir"`
-	RunDir          string            `toml:"run_dir"`
-	PluginDir       string            `toml:"plugin_dir"`
-	PluginConfigDir string            `toml:"plugin_config_dir"`
-	Transport       string            `toml:"transport"`
-	PullGiveUp      Duration          `toml:"pull_give_up"` // 0: never
-	KeepStopped     Duration          `toml:"keep_stopped"`
-	ReservedPorts   []Ports           `toml:"reserved_ports"`
-	Log             Log               `toml:"log"`
-	Reserve         Reserve           `toml:"reserve"`
-	Attributes      map[string]string `toml:"attributes"`
-	Plugins         map[string]Table  `toml:"plugins"`
+	StateDir        string   `toml:"state_dir"`
+	RunDir          string   `toml:"run_dir"`
+	PluginDir       string   `toml:"plugin_dir"`
+	PluginConfigDir string   `toml:"plugin_config_dir"`
+	Transport       string   `toml:"transport"`
+	PullGiveUp      Duration `toml:"pull_give_up"` // 0: never
+	KeepStopped     Duration `toml:"keep_stopped"`
+	// KeepStoppedTasks bounds how many are kept so long.
+	KeepStoppedTasks int               `toml:"keep_stopped_tasks"`
+	ReservedPorts    []Ports           `toml:"reserved_ports"`
+	Log              Log               `toml:"log"`
+	Reserve          Reserve           `toml:"reserve"`
+	Attributes       map[string]string `toml:"attributes"`
+	Plugins          map[string]Table  `toml:"plugins"`
 }
 
 // Log says what is logged and how.
@@ -49,16 +51,17 @@ type Table map[string]any
 // Default is the configuration of a device without a file.
 func Default() Config {
 	return Config{
-		StateDir:        "/var/lib/belay",
-		RunDir:          "/run/belay",
-		PluginDir:       "/usr/libexec/belay/plugins",
-		PluginConfigDir: "/etc/belay/plugins.d",
-		Transport:       "auto",
-		PullGiveUp:      Duration(2 * time.Minute),
-		KeepStopped:     Duration(time.Hour),
-		ReservedPorts:   []Ports{{Port: 22, Protocol: "tcp"}},
-		Log:             Log{Level: "info", Format: "text"},
-		Reserve:         Reserve{CPUPercent: 5, MemoryMiB: 128},
+		StateDir:         "/var/lib/belay",
+		RunDir:           "/run/belay",
+		PluginDir:        "/usr/libexec/belay/plugins",
+		PluginConfigDir:  "/etc/belay/plugins.d",
+		Transport:        "auto",
+		PullGiveUp:       Duration(5 * time.Minute),
+		KeepStopped:      Duration(time.Hour),
+		KeepStoppedTasks: 100,
+		ReservedPorts:    []Ports{{Port: 22, Protocol: "tcp"}},
+		Log:              Log{Level: "info", Format: "text"},
+		Reserve:          Reserve{CPUPercent: 5, MemoryMiB: 128},
 	}
 }
 
