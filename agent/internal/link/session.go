@@ -1,0 +1,375 @@
+package link
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/belay-edge/belay/controlplane/wire"
+)
+
+const (
+	// unanswered is how long something sent may stay without any answer
+	// before a ping asks whether the other side is there.
+	unanswered = 3 * time.Second
+	// lost is how long the answer to that ping may take.
+	lost = 7 * time.Second
+	// writeTimeout bounds one frame to a control plane that reads slowly.
+	writeTimeout = 30 * time.Second
+	// maxSet bounds the assignments between two EndOfSets.
+	maxSet = 10000
+)
+
+// session is one registered session.
+type session struct {
+	link    *Link
+	conn    wire.Session
+	control wire.Stream
+	welcome *wire.Welcome
+	address string
+
+	cancel context.CancelCauseFunc
+	sets   chan set
+	pongs  chan uint64  // ids of pings to answer
+	heard  atomic.Int64 // frames read so far
+
+	// What this session has sent already; the writer's own.
+	sent     map[string]uint64
+	factsGen int
+	ack      ackLevel
+}
+
+// set is one complete batch of assignments.
+type set struct {
+	full        bool
+	sequence    uint64
+	assignments []*wire.Assignment
+}
+
+// hello opens the control stream and registers.
+func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
+	stream, err := conn.OpenStream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	incarnation, sequence := l.down.Held()
+	l.mu.Lock()
+	hello := &wire.Hello{
+		Version:         wire.Version,
+		InstanceId:      l.cfg.InstanceID,
+		AgentNonce:      l.cfg.Nonce,
+		HashedMachineId: l.cfg.HashedMachineID,
+		AgentVersion:    l.cfg.AgentVersion,
+		Capabilities:    l.cfg.Capabilities,
+		Incarnation:     incarnation,
+		Sequence:        sequence,
+		Facts:           l.facts,
+	}
+	s := &session{
+		link: l, conn: conn, control: stream,
+		sets: make(chan set, 4), pongs: make(chan uint64, 4),
+		sent: map[string]uint64{}, factsGen: l.factsGen,
+		// Hello says what is held: it needs no acknowledgement.
+		ack: ackLevel{incarnation, sequence},
+	}
+	l.mu.Unlock()
+	if c := l.cfg.Clock; c != nil {
+		hello.BootId, hello.Now = c.BootID(), c.When()
+	}
+	defer context.AfterFunc(ctx, func() { _ = stream.SetDeadline(time.Now()) })()
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = stream.SetDeadline(deadline)
+	}
+	if err := writeFrames(stream,
+		&wire.Frame{Body: &wire.Frame_Open{Open: &wire.Open{Type: wire.StreamType_STREAM_TYPE_CONTROL}}},
+		&wire.Frame{Body: &wire.Frame_Hello{Hello: hello}},
+	); err != nil {
+		return nil, ended(conn, err)
+	}
+	f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetWelcome() != nil })
+	if err != nil {
+		return nil, ended(conn, err)
+	}
+	s.welcome = f.GetWelcome()
+	if err := s.welcome.GetFailure().Err(); err != nil {
+		return nil, err
+	}
+	if v := s.welcome.Version; v == 0 || v > wire.Version {
+		return nil, &wire.Error{Code: wire.CodeVersion, Message: fmt.Sprintf(
+			"the control plane wants protocol version %d, this agent speaks up to %d: update one of them", v, wire.Version)}
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return s, nil
+}
+
+// ended prefers what the other side said when it closed the session to the
+// broken stream that came of it.
+func ended(conn wire.Session, err error) error {
+	if errors.Is(err, wire.ErrFrame) {
+		return err
+	}
+	if said := conn.Err(); said != nil && wire.CodeOf(said) != "" {
+		return said
+	}
+	if errors.Is(err, io.EOF) {
+		return errors.New("the control plane closed the session")
+	}
+	return err
+}
+
+func writeFrames(w io.Writer, frames ...*wire.Frame) error {
+	var b []byte
+	var err error
+	for _, f := range frames {
+		if b, err = wire.AppendFrame(b, f); err != nil {
+			return err
+		}
+	}
+	_, err = w.Write(b)
+	return err
+}
+
+// serve runs the session to its end and says why it ended.
+func (s *session) serve(ctx context.Context) error {
+	l := s.link
+	_ = s.control.SetDeadline(time.Time{})
+	ctx, s.cancel = context.WithCancelCause(ctx)
+	defer s.cancel(nil)
+	l.setStatus(func(st *Status) {
+		st.State, st.Transport, st.Address = StateConnected, s.conn.Transport(), s.address
+		st.Control, st.LastError, st.NextTry = s.welcome.ControlVersion, "", time.Time{}
+	})
+	l.log.Info("connected", "address", s.address, "transport", s.conn.Transport(), "control", s.welcome.ControlVersion)
+	s.rememberAddresses()
+	l.down.Connected(true)
+	defer l.down.Connected(false)
+
+	var work sync.WaitGroup
+	run := func(f func(context.Context) error) {
+		work.Go(func() {
+			if err := f(ctx); err != nil {
+				s.cancel(err)
+			}
+		})
+	}
+	run(s.read)
+	run(s.write)
+	run(s.apply)
+	run(s.answerRequests)
+	select {
+	case <-ctx.Done():
+	case <-s.conn.Done():
+		s.cancel(fmt.Errorf("the session broke: %w", s.conn.Err()))
+	}
+	cause := ended(s.conn, context.Cause(ctx))
+	code := ""
+	if errors.Is(cause, wire.ErrFrame) {
+		code = wire.CodeProtocol
+	}
+	// What is left in the stream does not matter: levels come again.
+	s.conn.Close(code, "")
+	_ = s.control.SetDeadline(time.Now())
+	_ = s.control.Close()
+	work.Wait()
+	l.log.Info("disconnected", "reason", cause)
+	return cause
+}
+
+func (s *session) rememberAddresses() {
+	l := s.link
+	told := slices.DeleteFunc(slices.Clone(s.welcome.Addresses), func(a string) bool { return wire.CheckAddress(a) != nil })
+	if len(told) == 0 || len(told) > 64 {
+		return
+	}
+	l.mu.Lock()
+	was := slices.Sorted(slices.Values(l.addresses))
+	// The one that works stays first, and stays even when it is not among
+	// those told: a forwarded port can be the only way there is.
+	ordered := []string{s.address}
+	for _, a := range told {
+		if a != s.address {
+			ordered = append(ordered, a)
+		}
+	}
+	l.addresses = ordered
+	changed := !slices.Equal(was, slices.Sorted(slices.Values(ordered)))
+	l.mu.Unlock()
+	if changed && l.cfg.Remember != nil {
+		l.cfg.Remember(slices.Clone(ordered))
+	}
+}
+
+func (s *session) read(ctx context.Context) error {
+	pending := set{}
+	for {
+		f, err := wire.ReadFrame(s.control)
+		if err != nil {
+			return ended(s.conn, err)
+		}
+		s.heard.Add(1)
+		switch b := f.Body.(type) {
+		case *wire.Frame_Assignment:
+			if len(pending.assignments) >= maxSet {
+				return fmt.Errorf("%w: more than %d assignments in a set", wire.ErrFrame, maxSet)
+			}
+			pending.assignments = append(pending.assignments, b.Assignment)
+		case *wire.Frame_EndOfSet:
+			pending.full, pending.sequence = b.EndOfSet.GetFull(), b.EndOfSet.GetSequence()
+			select {
+			case s.sets <- pending:
+			case <-ctx.Done():
+				return nil
+			}
+			pending = set{}
+		case *wire.Frame_StatusAck:
+			s.link.acked(b.StatusAck.GetSequence())
+		case *wire.Frame_Ping:
+			select {
+			case s.pongs <- b.Ping.GetId():
+			case <-ctx.Done():
+				return nil
+			}
+		case *wire.Frame_Goodbye:
+			if err := b.Goodbye.GetFailure().Err(); err != nil {
+				return err
+			}
+			return errors.New("the control plane said goodbye")
+		}
+	}
+}
+
+// apply hands sets to the agent one after the other, beside the reader: a
+// slow disk does not delay acknowledgements.
+func (s *session) apply(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case set := <-s.sets:
+			if err := s.link.down.Assign(ctx, s.welcome.Incarnation, set.full, set.assignments, set.sequence); err != nil {
+				if ctx.Err() != nil {
+					return nil
+				}
+				return fmt.Errorf("take over assignments: %w", err)
+			}
+			s.link.AckAssignments(s.welcome.Incarnation, set.sequence)
+		}
+	}
+}
+
+// write sends levels when they change, and pings when what it sent brought no
+// answer.
+func (s *session) write(ctx context.Context) error {
+	var (
+		timer    *time.Timer
+		due      <-chan time.Time
+		heard    int64 // frames read when the oldest unanswered one was sent
+		pings    uint64
+		awaiting bool // the ping, not just any frame
+	)
+	arm := func(d time.Duration) {
+		if timer != nil {
+			timer.Stop()
+		}
+		timer = time.NewTimer(d)
+		due, heard = timer.C, s.heard.Load()
+	}
+	defer func() {
+		if timer != nil {
+			timer.Stop()
+		}
+	}()
+	for {
+		frames := s.news()
+		for {
+			if len(frames) > 0 {
+				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
+				if err := writeFrames(s.control, frames...); err != nil {
+					return ended(s.conn, err)
+				}
+				if due == nil {
+					arm(unanswered)
+				}
+			}
+			if frames = s.news(); len(frames) == 0 {
+				break
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.link.wake:
+		case id := <-s.pongs:
+			_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
+			if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Pong{Pong: &wire.Pong{Id: id}}}); err != nil {
+				return ended(s.conn, err)
+			}
+		case <-due:
+			due = nil
+			switch {
+			case s.heard.Load() != heard:
+				awaiting = false
+			case awaiting:
+				return fmt.Errorf("the control plane has not answered for %s", unanswered+lost)
+			default:
+				pings++
+				awaiting = true
+				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
+				if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
+					return ended(s.conn, err)
+				}
+				arm(lost)
+			}
+		}
+	}
+}
+
+// news is what there is to say that this session has not said, at most some
+// frames of it.
+func (s *session) news() []*wire.Frame {
+	const batch = 32
+	l := s.link
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var frames []*wire.Frame
+	if s.factsGen != l.factsGen {
+		s.factsGen = l.factsGen
+		frames = append(frames, &wire.Frame{Body: &wire.Frame_Facts{Facts: l.facts}})
+	}
+	if l.ack != s.ack && l.ack.incarnation == s.welcome.Incarnation {
+		s.ack = l.ack
+		frames = append(frames, &wire.Frame{Body: &wire.Frame_AssignmentAck{AssignmentAck: &wire.AssignmentAck{Sequence: l.ack.sequence}}})
+	}
+	var due []*wire.TaskStatus
+	for id, st := range l.statuses {
+		if sent, ok := s.sent[id]; !ok || sent != st.Sequence {
+			due = append(due, st)
+		}
+	}
+	slices.SortFunc(due, func(a, b *wire.TaskStatus) int {
+		switch {
+		case a.Sequence < b.Sequence:
+			return -1
+		case a.Sequence > b.Sequence:
+			return 1
+		}
+		return 0
+	})
+	for _, st := range due[:min(batch, len(due))] {
+		s.sent[st.TaskId] = st.Sequence
+		frames = append(frames, &wire.Frame{Body: &wire.Frame_TaskStatus{TaskStatus: st}})
+	}
+	for id := range s.sent {
+		if _, ok := l.statuses[id]; !ok {
+			delete(s.sent, id)
+		}
+	}
+	return frames
+}

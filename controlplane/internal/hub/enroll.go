@@ -1,0 +1,115 @@
+package hub
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/belay-edge/belay/controlplane"
+	"github.com/belay-edge/belay/controlplane/wire"
+)
+
+// enroll serves a session of wire.ProtocolEnroll: one question, one answer.
+func (h *Hub) enroll(ctx context.Context, s wire.Session, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	stream, err := acceptControl(ctx, s)
+	if err != nil {
+		log.Debug("enrolment ended early", "err", err)
+		s.Close(wire.CodeProtocol, err.Error())
+		return
+	}
+	f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetEnrollRequest() != nil })
+	if err != nil {
+		log.Debug("enrolment ended early", "err", err)
+		s.Close(wire.CodeProtocol, err.Error())
+		return
+	}
+	answer := h.decideEnrollment(ctx, f.GetEnrollRequest(), wire.Fingerprint(s.PeerCertificate()), log)
+	_ = stream.SetDeadline(time.Now().Add(writeTimeout))
+	if err := wire.WriteFrame(stream, &wire.Frame{Body: &wire.Frame_EnrollResponse{EnrollResponse: answer}}); err != nil {
+		log.Warn("the device did not hear how its enrolment went; it may enrol again with the same key", "err", err)
+		return
+	}
+	linger(s, stream)
+}
+
+func (h *Hub) decideEnrollment(ctx context.Context, q *wire.EnrollRequest, key string, log *slog.Logger) *wire.EnrollResponse {
+	if q.Version == 0 {
+		return &wire.EnrollResponse{Failure: wire.Failf(wire.CodeVersion, "the agent does not say which version of the protocol it speaks")}
+	}
+	instance, already, err := h.devices.Enroll(ctx, controlplane.Enrollment{
+		ActivationID:    q.ActivationId,
+		Secret:          q.Secret,
+		KeyFingerprint:  key,
+		HashedMachineID: q.HashedMachineId,
+		Hostname:        q.Hostname,
+		AgentVersion:    q.AgentVersion,
+		Facts:           factsOf(q.Facts),
+	})
+	if err != nil {
+		f := failureOf(err, log, "enrol a device")
+		log.Info("enrolment refused", "activation", q.ActivationId, "code", f.Code)
+		return &wire.EnrollResponse{Failure: f}
+	}
+	log.Info("device enrolled", "instance", instance.ID, "cluster", instance.Cluster, "already", already)
+	return &wire.EnrollResponse{
+		InstanceId:      instance.ID,
+		Cluster:         instance.Cluster,
+		Addresses:       h.cfg.Advertise,
+		AlreadyEnrolled: already,
+	}
+}
+
+// acceptControl waits for the stream that carries the conversation, gives up
+// others, and leaves a deadline on it for what comes first.
+func acceptControl(ctx context.Context, s wire.Session) (wire.Stream, error) {
+	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
+	defer cancel()
+	for {
+		stream, err := s.AcceptStream(ctx)
+		if err != nil {
+			return nil, err
+		}
+		_ = stream.SetDeadline(time.Now().Add(helloTimeout))
+		f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetOpen() != nil })
+		if err != nil {
+			_ = stream.Close()
+			return nil, err
+		}
+		if f.GetOpen().Type == wire.StreamType_STREAM_TYPE_CONTROL {
+			return stream, nil
+		}
+		_ = stream.Close()
+	}
+}
+
+// linger lets the peer read what was last written before the session is cut:
+// the peer closes it when it has, and lastWords is for one that does not.
+func linger(s wire.Session, stream wire.Stream) {
+	_ = stream.CloseWrite()
+	t := time.NewTimer(lastWords)
+	defer t.Stop()
+	select {
+	case <-s.Done():
+	case <-t.C:
+	}
+}
+
+func factsOf(f *wire.Facts) controlplane.Facts {
+	out := controlplane.Facts{
+		Attributes: f.GetAttributes(),
+		CPU:        int(min(f.GetCpu(), 1<<31)),
+		MemoryMiB:  int(min(f.GetMemoryMib(), 1<<31)),
+	}
+	for _, p := range f.GetPlugins() {
+		out.Plugins = append(out.Plugins, controlplane.PluginInfo{
+			Name: p.GetName(), Version: p.GetVersion(), Kinds: p.GetKinds(), State: p.GetState(),
+			LastError: p.GetLastError(), Checksum: p.GetChecksum(), Restarts: int(p.GetRestarts()), Networks: p.GetNetworks(),
+		})
+	}
+	for _, p := range f.GetReservedPorts() {
+		out.ReservedPorts = append(out.ReservedPorts, controlplane.PortKey{Protocol: p.GetProtocol(), Port: int(p.GetPort())})
+	}
+	return out
+}

@@ -1,0 +1,226 @@
+// Package hub is the control plane's end of the tunnels: it takes sessions from
+// the carriers, enrols devices, keeps one session per instance, sends it what
+// it should run and passes on what it reports. All knowledge is behind
+// controlplane.Devices; the hub holds nothing that outlives a session but when
+// each instance was last heard of.
+package hub
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/belay-edge/belay/controlplane"
+	"github.com/belay-edge/belay/controlplane/wire"
+)
+
+// Limits. Each bounds what one peer can take from the others.
+const (
+	maxPending   = 1024 // sessions that have not registered yet
+	helloTimeout = 10 * time.Second
+	callTimeout  = 30 * time.Second // one call into the domain
+	writeTimeout = 30 * time.Second // one frame to a slow device
+	lastWords    = time.Second      // to deliver a Goodbye
+	stopTimeout  = 5 * time.Second  // to end every session at shutdown
+	outFrames    = 64               // queued to one device
+	inStatuses   = 8                // queued from one device, before flow control stops it
+	maxLate      = 1024             // tasks whose status waits for the store
+	maxRequests  = 32               // open to one device
+	chunkTimeout = 30 * time.Second // between two frames of an answer
+	overloadHint = 5 * time.Second  // RetryAfter when pending is full
+	shutdownHint = 500 * time.Millisecond
+)
+
+// Acceptor yields sessions of agents: *carrier.Listener.
+type Acceptor interface {
+	Accept(ctx context.Context) (wire.Session, error)
+}
+
+// Config is what a Hub needs.
+type Config struct {
+	Devices   controlplane.Devices
+	Version   string   // of this control plane, told to devices
+	Advertise []string // addresses told to devices, host:port
+	Logger    *slog.Logger
+	Now       func() time.Time // nil: time.Now
+}
+
+// Hub implements controlplane.Tunnels.
+type Hub struct {
+	cfg     Config
+	devices controlplane.Devices
+	log     *slog.Logger
+	pending chan struct{}
+
+	mu       sync.Mutex
+	sessions map[string]*session  // by instance
+	seen     map[string]time.Time // by instance, for those without a session
+}
+
+var _ controlplane.Tunnels = (*Hub)(nil)
+
+// New makes a Hub; Serve makes it work.
+func New(cfg Config) *Hub {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Hub{
+		cfg: cfg, devices: cfg.Devices, log: cfg.Logger,
+		pending:  make(chan struct{}, maxPending),
+		sessions: map[string]*session{},
+		seen:     map[string]time.Time{},
+	}
+}
+
+// Serve takes sessions until ctx ends, then tells every device to come back
+// later and returns nil once all sessions have ended.
+func (h *Hub) Serve(ctx context.Context, from Acceptor) error {
+	// Sessions end by a cause of their own, so that each is told why.
+	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	var all sync.WaitGroup
+	var err error
+	for {
+		var s wire.Session
+		if s, err = from.Accept(ctx); err != nil {
+			break
+		}
+		select {
+		case h.pending <- struct{}{}:
+			all.Go(func() { h.handle(work, s) })
+		default:
+			all.Go(func() { s.Close(wire.CodeOverloaded, "too many devices are registering, try again") })
+		}
+	}
+	gone := wire.Failf(wire.CodeShutdown, "the control plane is shutting down")
+	gone.RetryAfterMs = uint32(shutdownHint.Milliseconds())
+	cancel(&ending{gone})
+	if !waitFor(&all, stopTimeout) {
+		h.log.Warn("some sessions did not end in time", "after", stopTimeout)
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("accept sessions: %w", err)
+}
+
+// handle owns one session from its first stream to its end.
+func (h *Hub) handle(ctx context.Context, s wire.Session) {
+	registered := sync.OnceFunc(func() { <-h.pending })
+	defer registered()
+	// Whatever happens below, nothing of this session stays.
+	defer s.Close("", "")
+	log := h.log.With("peer", s.RemoteAddr().String(), "transport", s.Transport())
+	if s.Protocol() == wire.ProtocolEnroll {
+		h.enroll(ctx, s, log)
+		return
+	}
+	h.tunnel(ctx, s, log, registered)
+}
+
+// Session implements controlplane.Tunnels.
+func (h *Hub) Session(instance string) (controlplane.Session, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s, ok := h.sessions[instance]
+	if !ok {
+		return controlplane.Session{}, false
+	}
+	return controlplane.Session{
+		Transport:   s.wire.Transport(),
+		RemoteAddr:  s.wire.RemoteAddr().String(),
+		ConnectedAt: s.since,
+		AgentNonce:  s.nonce,
+	}, true
+}
+
+// LastSeen implements controlplane.Tunnels. A live session counts as heard
+// now: the carrier ends one that has been silent for wire.Idle.
+func (h *Hub) LastSeen(instance string) time.Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if _, ok := h.sessions[instance]; ok {
+		return h.cfg.Now()
+	}
+	return h.seen[instance]
+}
+
+// Disconnect implements controlplane.Tunnels.
+func (h *Hub) Disconnect(instance string, code, message string) {
+	h.mu.Lock()
+	s, ok := h.sessions[instance]
+	h.mu.Unlock()
+	if ok {
+		h.drop(s)
+		s.end(wire.Failf(code, "%s", message))
+	}
+}
+
+// install makes s the session of its instance and ends the one before.
+func (h *Hub) install(s *session) {
+	h.mu.Lock()
+	old := h.sessions[s.instance]
+	h.sessions[s.instance] = s
+	h.mu.Unlock()
+	if old == nil {
+		return
+	}
+	if old.nonce != s.nonce && old.machine != s.machine {
+		s.log.Warn("two machines use the key of one instance: enrol each of them by itself",
+			"other", old.wire.RemoteAddr().String())
+	}
+	old.end(wire.Failf(wire.CodeReplaced, "a newer session of this instance took over, from %s", s.wire.RemoteAddr()))
+}
+
+// drop takes s out, unless a newer session has its place.
+func (h *Hub) drop(s *session) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.sessions[s.instance] == s {
+		delete(h.sessions, s.instance)
+	}
+	h.seen[s.instance] = h.cfg.Now()
+}
+
+// ending is the cause with which a session's context ends when this side wants
+// it to: what the Goodbye says.
+type ending struct{ failure *wire.Failure }
+
+func (e *ending) Error() string { return e.failure.Code + ": " + e.failure.Message }
+
+// failureOf says to a device why the domain refused. The codes of the domain
+// and of the wire share their words; what has none is not for the device.
+func failureOf(err error, log *slog.Logger, doing string) *wire.Failure {
+	var e *controlplane.Error
+	code := controlplane.CodeOf(err)
+	switch {
+	case code == controlplane.Conflict || code == "":
+		log.Error(doing, "err", err)
+		return wire.Failf(wire.CodeUnavailable, "the control plane could not do it now, try again")
+	case errors.As(err, &e):
+		return wire.Failf(string(code), "%s", e.Message)
+	}
+	return wire.Failf(string(code), "%s", err)
+}
+
+func waitFor(wg *sync.WaitGroup, d time.Duration) bool {
+	done := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(done)
+	}()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-done:
+		return true
+	case <-t.C:
+		return false
+	}
+}
