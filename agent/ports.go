@@ -45,6 +45,8 @@ type Record struct {
 	Desired *Desired       `json:"desired,omitempty"`
 	Attempt *AttemptRecord `json:"attempt,omitempty"`
 	Status  *StatusRecord  `json:"status,omitempty"`
+	// Origin is the incarnation in which the control plane last named the task.
+	Origin string `json:"origin,omitempty"`
 }
 
 // Applied is the last assignment set that was taken over whole.
@@ -58,19 +60,31 @@ type Desired struct {
 	Status   string `json:"status"` // STOPPED
 	Reason   string `json:"reason,omitempty"`
 	Sequence uint64 `json:"sequence"`
+	Removed  bool   `json:"removed,omitempty"` // stop, then forget
 }
 
-// AttemptRecord is written before an attempt starts and after it exits.
+// AttemptRecord is written before an attempt starts, once it runs and after it
+// exits.
 type AttemptRecord struct {
 	Container string `json:"container"`
 	Number    int    `json:"number"`
 	BootID    string `json:"bootId"`          // of the boot it was started in
 	Image     string `json:"image,omitempty"` // normalised reference
 	Digest    string `json:"digest,omitempty"`
-	Exited    bool   `json:"exited,omitempty"`
-	ExitCode  *int   `json:"exitCode,omitempty"` // nil when exited: nobody saw it
-	Reason    string `json:"reason,omitempty"`
-	Removed   bool   `json:"removed,omitempty"` // proven gone from the runtime
+	// HostPorts are the chosen ports, in the order of the container's mappings.
+	HostPorts []int `json:"hostPorts,omitempty"`
+	// StartedAt is since boot BootID.
+	StartedAt time.Duration `json:"startedAt,omitempty"`
+	Started   bool          `json:"started,omitempty"` // the runtime has run it
+	RuntimeID string        `json:"runtimeId,omitempty"`
+
+	Exited   bool   `json:"exited,omitempty"`
+	ExitCode *int   `json:"exitCode,omitempty"` // nil when exited: nobody saw it
+	Reason   string `json:"reason,omitempty"`
+	// RanFor is how long it ran, as far as this boot saw it.
+	RanFor   time.Duration `json:"ranFor,omitempty"`
+	Rebooted bool          `json:"rebooted,omitempty"` // ended by a reboot, not by itself
+	Removed  bool          `json:"removed,omitempty"`  // proven gone from the runtime
 }
 
 // StatusRecord is the task's observed status and why it stopped.
@@ -92,6 +106,7 @@ type Saved struct {
 // SavedTask is one task as it was persisted.
 type SavedTask struct {
 	Assignment *wire.Assignment
+	Origin     string
 	Desired    *Desired
 	Status     *StatusRecord
 	Attempts   []AttemptRecord // the latest of each container, and older ones not yet removed
@@ -105,6 +120,12 @@ type Uplink interface {
 	TaskStatus(s *wire.TaskStatus)
 	// AckAssignments says everything up to this sequence is persisted.
 	AckAssignments(incarnation string, sequence uint64)
+}
+
+// Forgetter is an Uplink that can drop the level it keeps for a task, once the
+// control plane no longer knows that task. Optional.
+type Forgetter interface {
+	ForgetTask(id string)
 }
 
 // Downlink is what the tunnel calls on the agent. Implemented by *Agent.
@@ -122,20 +143,25 @@ type Downlink interface {
 	Logs(ctx context.Context, r *wire.LogsRequest, chunk func(stream string, data []byte) error) error
 }
 
-// Outputs owns the files that attempts write to.
+// Outputs owns the files that attempts write to. Safe for concurrent use.
 type Outputs interface {
 	// Open makes the two files of an attempt and returns their paths.
 	Open(a sdk.Attempt) (stdout, stderr string, err error)
-	// Read opens what an attempt wrote to "stdout" or "stderr".
+	// Read opens what an attempt wrote to "stdout" or "stderr". Errors:
+	// sdk.NotFound when nothing is kept. A reader that is also an io.Seeker
+	// makes reading the last lines of a large file cheap.
 	Read(a sdk.Attempt, stream string) (io.ReadCloser, error)
 	// Forget deletes what the task's attempts wrote.
 	Forget(task string) error
 }
 
-// Volumes owns the directories behind a task's volumes.
+// Volumes owns the directories behind a task's volumes. Safe for concurrent use.
 type Volumes interface {
 	// Dir makes and returns the directory of a volume that has no host path.
 	Dir(task, volume string, shared bool) (string, error)
+	// Host makes sure that a volume's host path exists: a missing one becomes
+	// a directory.
+	Host(path string) error
 	// Forget deletes the task's own volumes.
 	Forget(task string) error
 }

@@ -1,0 +1,402 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// Config is what an Agent is made of. All ports are needed; the rest has
+// defaults.
+type Config struct {
+	Runtimes Runtimes
+	Journal  Journal
+	Saved    Saved // what the Journal held
+	Uplink   Uplink
+	Outputs  Outputs
+	Volumes  Volumes
+	Clock    Clock
+	Logger   *slog.Logger
+
+	InstanceID string // told to containers as BELAY_INSTANCE_ID
+
+	// PullGiveUp is how long a task that is not of a service retries what
+	// may yet succeed: 5 min.
+	PullGiveUp time.Duration
+	// KeepStopped is how long a stopped task's output is kept: 1 h.
+	KeepStopped time.Duration
+	// KeepStoppedTasks is how many stopped tasks are kept at most: 100.
+	KeepStoppedTasks int
+	// MaxPulls and MaxCalls bound what runs at the same time: 3 pulls, 16
+	// calls of each other sort.
+	MaxPulls, MaxCalls int
+	// ShutdownWait is how long Run waits for calls under way: 10 s.
+	ShutdownWait time.Duration
+	// Jitter gives numbers in [0,1); nil: random ones.
+	Jitter func() float64
+}
+
+func (c Config) withDefaults() Config {
+	set := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	set(&c.PullGiveUp, 5*time.Minute)
+	set(&c.KeepStopped, time.Hour)
+	set(&c.ShutdownWait, 10*time.Second)
+	for _, n := range []struct {
+		at *int
+		v  int
+	}{{&c.KeepStoppedTasks, 100}, {&c.MaxPulls, 3}, {&c.MaxCalls, 16}} {
+		if *n.at == 0 {
+			*n.at = n.v
+		}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// Agent keeps the assigned tasks running. It implements Downlink.
+type Agent struct {
+	cfg   Config
+	hands *hands
+	inbox inbox
+	done  chan struct{} // closed when Run has returned
+
+	held struct {
+		sync.Mutex
+		applied Applied
+	}
+
+	// Owned by the goroutine of Run.
+	state    *State
+	started  time.Duration
+	sequence uint64
+	calls    map[string]context.CancelFunc // pulls under way, by task and container
+	running  map[string]int                // calls under way, by sort
+	names    map[string]bool               // calls under way, for shutdown
+	up       bool
+	broken   string // the journal's last logged error
+}
+
+// New makes an agent of what was saved; Run starts it.
+func New(cfg Config) (*Agent, error) {
+	for name, missing := range map[string]bool{
+		"Runtimes": cfg.Runtimes == nil, "Journal": cfg.Journal == nil, "Uplink": cfg.Uplink == nil,
+		"Outputs": cfg.Outputs == nil, "Volumes": cfg.Volumes == nil, "Clock": cfg.Clock == nil,
+	} {
+		if missing {
+			return nil, fmt.Errorf("agent: Config.%s is missing", name)
+		}
+	}
+	cfg = cfg.withDefaults()
+	a := &Agent{
+		cfg: cfg, done: make(chan struct{}), inbox: newInbox(),
+		calls: map[string]context.CancelFunc{}, running: map[string]int{}, names: map[string]bool{},
+	}
+	a.hands = &hands{
+		runtimes: cfg.Runtimes, outputs: cfg.Outputs, volumes: cfg.Volumes,
+		clock: cfg.Clock, instance: cfg.InstanceID, progress: a.inbox.progress,
+	}
+	a.started = cfg.Clock.Now()
+	a.state = newState(Limits{
+		PullGiveUp: cfg.PullGiveUp, KeepStopped: cfg.KeepStopped, KeepStoppedTasks: cfg.KeepStoppedTasks,
+	}, cfg.Clock.BootID(), cfg.Saved, a.started, cfg.Jitter)
+	a.hold()
+	return a, nil
+}
+
+// Run keeps the tasks running until ctx ends, which is no error. The tasks'
+// containers outlive it.
+func (a *Agent) Run(ctx context.Context) error {
+	defer close(a.done)
+	for _, p := range a.state.Problems {
+		a.cfg.Logger.Error("saved state was damaged", "problem", p)
+	}
+	calls, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	var under sync.WaitGroup
+	a.watchRuntimes(calls, &under)
+	for ctx.Err() == nil {
+		a.turn(calls, &under)
+		if !a.wait(ctx) {
+			break
+		}
+	}
+	cancel()
+	return a.shutdown(&under)
+}
+
+// turn is one pass of the loop: take in what came, decide, write, call, tell.
+func (a *Agent) turn(ctx context.Context, under *sync.WaitGroup) {
+	a.absorb()
+	now := a.cfg.Clock.Now()
+	acts, wake, err := a.state.step(a.cfg.Journal, now)
+	a.logJournal(err)
+	for _, act := range acts {
+		a.launch(ctx, under, act)
+	}
+	for _, id := range a.state.unreported {
+		if f, ok := a.cfg.Uplink.(Forgetter); ok {
+			f.ForgetTask(id)
+		}
+	}
+	a.state.unreported = nil
+	statuses, later := a.state.reports(now, a.started, a.cfg.Clock.When, func() uint64 {
+		a.sequence++
+		return a.sequence
+	})
+	for _, st := range statuses {
+		a.cfg.Uplink.TaskStatus(st)
+	}
+	if later != never && (wake == never || later < wake) {
+		wake = later
+	}
+	a.inbox.wakeAt = wake
+}
+
+// wait blocks until something came in or it is time to look again.
+func (a *Agent) wait(ctx context.Context) bool {
+	var timer <-chan time.Time
+	if at := a.inbox.wakeAt; at != never {
+		timer = a.cfg.Clock.After(max(0, at-a.cfg.Clock.Now()))
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-a.inbox.wake:
+	case <-timer:
+	}
+	return true
+}
+
+// sort is what a call is bounded with: one sort that hangs does not hold up
+// another.
+func (v verb) sort() string {
+	switch v {
+	case callPull:
+		return "pulls"
+	case callStart, callPrepare:
+		return "starts"
+	case callHalt:
+		return "stops"
+	case callProbe:
+		return "probes"
+	case callList:
+		return "lists"
+	}
+	return "removals"
+}
+
+// launch makes a call beside the loop, if there is room for one more of its
+// sort; if not, plan says it again at the next turn, which a finished call
+// brings about.
+func (a *Agent) launch(ctx context.Context, under *sync.WaitGroup, act action) {
+	pull := act.Attempt.Task + "/" + act.Attempt.Container
+	if act.Verb == callCancel {
+		a.state.begin(act)
+		if cancel := a.calls[pull]; cancel != nil {
+			cancel()
+		}
+		return
+	}
+	most := a.cfg.MaxCalls
+	if act.Verb == callPull {
+		most = a.cfg.MaxPulls
+	}
+	if a.running[act.Verb.sort()] >= most {
+		return
+	}
+	j := a.state.begin(act)
+	ctx, cancel := context.WithCancel(ctx)
+	if act.Verb == callPull {
+		a.calls[pull] = cancel
+	}
+	name := string(act.Verb) + " " + act.Runtime + " " + act.Attempt.String()
+	a.running[act.Verb.sort()]++
+	a.names[name] = true
+	if act.Stray {
+		a.cfg.Logger.Warn("ending what belongs to no known task", "do", string(act.Verb), "runtime", act.Runtime, "attempt", act.Attempt.String())
+	}
+	under.Go(func() {
+		defer cancel()
+		a.inbox.result(a.hands.perform(ctx, j), name)
+	})
+}
+
+// absorb takes in everything that came since the last turn.
+func (a *Agent) absorb() {
+	in := a.inbox.take()
+	now := a.cfg.Clock.Now()
+	s := a.state
+	for _, d := range in.results {
+		a.running[d.r.Verb.sort()]--
+		delete(a.names, d.name)
+		if d.r.Verb == callPull {
+			delete(a.calls, d.r.Attempt.Task+"/"+d.r.Attempt.Container)
+		}
+		a.logResult(d.r)
+		s.finish(d.r, now)
+	}
+	for at, p := range in.pulls {
+		s.progressed(at, p)
+	}
+	for _, name := range in.hints {
+		s.relist(name, now)
+	}
+	if in.changed {
+		for _, name := range a.cfg.Runtimes.RuntimeNames() {
+			s.runtime(name)
+		}
+		for _, rt := range s.Runtimes {
+			rt.want(now)
+		}
+	}
+	for id, seq := range in.acks {
+		s.acked(id, seq)
+	}
+	if in.up != nil && *in.up != a.up {
+		a.up = *in.up
+		a.cfg.Logger.Info("control plane", "connected", a.up)
+	}
+	for _, q := range in.asks {
+		q.f(s)
+		close(q.done)
+	}
+}
+
+// shutdown waits for the calls under way, and names those that do not end.
+func (a *Agent) shutdown(under *sync.WaitGroup) error {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		under.Wait()
+	}()
+	select {
+	case <-ended:
+		// What was cut short now says nothing about its task: it is not
+		// taken in, and the next start learns the truth from List.
+		return nil
+	case <-a.cfg.Clock.After(a.cfg.ShutdownWait):
+	}
+	for _, d := range a.inbox.take().results {
+		delete(a.names, d.name)
+	}
+	stuck := slices.Collect(maps.Keys(a.names))
+	slices.Sort(stuck)
+	return fmt.Errorf("agent: calls still under way after %s: %s", a.cfg.ShutdownWait, strings.Join(stuck, ", "))
+}
+
+// hold publishes what Held answers.
+func (a *Agent) hold() {
+	a.held.Lock()
+	defer a.held.Unlock()
+	a.held.applied = a.state.Applied
+	if a.state.resync {
+		a.held.applied = Applied{}
+	}
+}
+
+// Held is what Hello says the agent holds. After damage to its state it holds
+// nothing, so that it is sent everything.
+func (a *Agent) Held() (incarnation string, sequence uint64) {
+	a.held.Lock()
+	defer a.held.Unlock()
+	return a.held.applied.Incarnation, a.held.applied.Sequence
+}
+
+// Assign takes over a received set; nil means that it is persisted.
+func (a *Agent) Assign(ctx context.Context, incarnation string, full bool, set []*wire.Assignment, sequence uint64) error {
+	var err error
+	asked := a.ask(ctx, func(s *State) {
+		err = s.assign(a.cfg.Journal, incarnation, full, set, sequence, a.cfg.Clock.Now())
+		a.logJournal(err)
+		if err == nil {
+			a.hold()
+			a.cfg.Uplink.AckAssignments(incarnation, sequence)
+		}
+	})
+	if asked != nil {
+		return asked
+	}
+	return err
+}
+
+// Acked says the control plane has this status.
+func (a *Agent) Acked(taskID string, sequence uint64) { a.inbox.ack(taskID, sequence) }
+
+// Connected says a session was registered or ended.
+func (a *Agent) Connected(up bool) { a.inbox.connected(up) }
+
+// Snapshot copies what the agent knows.
+func (a *Agent) Snapshot(ctx context.Context) (Snapshot, error) {
+	var out Snapshot
+	err := a.ask(ctx, func(s *State) {
+		out = s.snapshot()
+		out.Connected = a.up
+	})
+	return out, err
+}
+
+var errStopped = errors.New("agent: it is not running any more")
+
+// ask runs f in the loop.
+func (a *Agent) ask(ctx context.Context, f func(*State)) error {
+	q := &question{f: f, done: make(chan struct{})}
+	a.inbox.ask(q)
+	select {
+	case <-q.done:
+		return nil
+	case <-ctx.Done():
+		if a.inbox.withdraw(q) {
+			return ctx.Err()
+		}
+	case <-a.done:
+		if a.inbox.withdraw(q) {
+			return errStopped
+		}
+	}
+	<-q.done // it was taken: f is running or has run
+	return nil
+}
+
+func (a *Agent) logJournal(err error) {
+	msg := ""
+	if err != nil {
+		msg = err.Error()
+	}
+	if msg == a.broken {
+		return
+	}
+	if a.broken = msg; msg != "" {
+		a.cfg.Logger.Error("state cannot be written: nothing new is started until it can", "error", msg)
+	} else if a.state.journal.failures == 0 {
+		a.cfg.Logger.Info("state can be written")
+	}
+}
+
+func (a *Agent) logResult(r result) {
+	attrs := []any{"do", string(r.Verb), "runtime", r.Runtime, "task", r.Attempt.Task}
+	if r.Attempt.Container != "" {
+		attrs = append(attrs, "container", r.Attempt.Container, "attempt", r.Attempt.Number)
+	}
+	switch {
+	case r.err != nil && sdk.KindOf(r.err) != sdk.Canceled:
+		a.cfg.Logger.Warn("call failed", append(attrs, "kind", string(sdk.KindOf(r.err)), "error", r.err.Error())...)
+	case r.err != nil, r.Verb == callList, r.Verb == callProbe:
+	default:
+		a.cfg.Logger.Debug("call done", attrs...)
+	}
+}

@@ -1,0 +1,174 @@
+package agent
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// inbox is how everything reaches the loop. Nothing blocks on it and nothing
+// in it grows without bound: results are as many as the calls under way,
+// levels replace each other, questions have a caller waiting.
+type inbox struct {
+	mu     *sync.Mutex
+	in     *contents
+	wake   chan struct{} // holds one token while there is something new
+	wakeAt time.Duration // owned by the loop
+}
+
+type contents struct {
+	results []outcome
+	pulls   map[sdk.Attempt]sdk.PullProgress
+	acks    map[string]uint64
+	hints   []string // runtimes to list
+	changed bool     // a plugin came up or went down
+	up      *bool
+	asks    []*question
+}
+
+type outcome struct {
+	r    result
+	name string
+}
+
+// question is something to run in the loop.
+type question struct {
+	f    func(*State)
+	done chan struct{}
+}
+
+func newInbox() inbox {
+	return inbox{mu: &sync.Mutex{}, in: &contents{changed: true}, wake: make(chan struct{}, 1), wakeAt: never}
+}
+
+func (b *inbox) put(f func(*contents)) {
+	b.mu.Lock()
+	f(b.in)
+	b.mu.Unlock()
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take empties the inbox.
+func (b *inbox) take() contents {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	out := *b.in
+	*b.in = contents{}
+	return out
+}
+
+func (b *inbox) result(r result, name string) {
+	b.put(func(c *contents) { c.results = append(c.results, outcome{r, name}) })
+}
+
+func (b *inbox) progress(a sdk.Attempt, p sdk.PullProgress) {
+	b.put(func(c *contents) {
+		if c.pulls == nil {
+			c.pulls = map[sdk.Attempt]sdk.PullProgress{}
+		}
+		c.pulls[a] = p
+	})
+}
+
+// maxAcks bounds the acknowledgements that wait for one turn: a peer that
+// makes up task ids must not fill the memory.
+const maxAcks = 10_000
+
+func (b *inbox) ack(task string, sequence uint64) {
+	b.put(func(c *contents) {
+		if c.acks == nil {
+			c.acks = map[string]uint64{}
+		}
+		if _, known := c.acks[task]; known || len(c.acks) < maxAcks {
+			c.acks[task] = max(c.acks[task], sequence)
+		}
+	})
+}
+
+func (b *inbox) connected(up bool) { b.put(func(c *contents) { c.up = &up }) }
+
+func (b *inbox) pluginChanged() { b.put(func(c *contents) { c.changed = true }) }
+
+func (b *inbox) hint(name string) {
+	b.put(func(c *contents) {
+		if !slices.Contains(c.hints, name) {
+			c.hints = append(c.hints, name)
+		}
+	})
+}
+
+func (b *inbox) ask(q *question) { b.put(func(c *contents) { c.asks = append(c.asks, q) }) }
+
+// withdraw takes a question back unless the loop has it already.
+func (b *inbox) withdraw(q *question) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	i := slices.Index(b.in.asks, q)
+	if i < 0 {
+		return false
+	}
+	b.in.asks = slices.Delete(b.in.asks, i, i+1)
+	return true
+}
+
+const (
+	eventsRetry    = 200 * time.Millisecond
+	eventsRetryCap = 5 * time.Second
+)
+
+// watchRuntimes turns plugin changes and runtime events into hints until ctx
+// ends. Runtimes that appear later are found when a plugin changes.
+func (a *Agent) watchRuntimes(ctx context.Context, under *sync.WaitGroup) {
+	under.Go(func() {
+		var watchers sync.WaitGroup
+		defer watchers.Wait()
+		watched := map[string]chan struct{}{}
+		for {
+			for _, name := range a.cfg.Runtimes.RuntimeNames() {
+				if watched[name] == nil {
+					poke := make(chan struct{}, 1)
+					watched[name] = poke
+					watchers.Go(func() { a.watchEvents(ctx, name, poke) })
+				}
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case name := <-a.cfg.Runtimes.Changes():
+				a.inbox.pluginChanged()
+				select {
+				case watched[name] <- struct{}{}: // nil when not watched: never ready
+				default:
+				}
+			}
+		}
+	})
+}
+
+// watchEvents follows one runtime's events for as long as ctx lasts.
+func (a *Agent) watchEvents(ctx context.Context, name string, poke <-chan struct{}) {
+	wait := eventsRetry
+	for ctx.Err() == nil {
+		if rt, err := a.cfg.Runtimes.Runtime(name); err == nil {
+			began := a.cfg.Clock.Now()
+			_ = rt.Events(ctx, func(sdk.Attempt) { a.inbox.hint(name) }) // however it broke, List repairs it
+			a.inbox.hint(name)
+			if a.cfg.Clock.Now()-began > eventsRetryCap {
+				wait = eventsRetry
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-poke:
+			wait = eventsRetry
+		case <-a.cfg.Clock.After(wait):
+			wait = min(2*wait, eventsRetryCap)
+		}
+	}
+}

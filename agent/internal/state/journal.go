@@ -1,0 +1,250 @@
+// Package state keeps what the agent must not forget on plain files that
+// survive power cuts and tell damage apart from truth:
+//
+//	S/lock                    flock: one agent per state directory; holds its pid
+//	S/tasks/<id>/assignment   magic, version, CRC32C, length, protobuf; written once
+//	S/log                     magic, version, then frames: length, CRC32C, JSON record
+//	S/damaged/                what did not check out, set aside for a person
+//	S/outputs/<task>/<container>/<attempt>.{stdout,stderr}
+//	S/volumes/{tasks/<task>,shared}/<volume>
+package state
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/belay-edge/belay/agent"
+	"github.com/belay-edge/belay/controlplane/wire"
+)
+
+const (
+	logName    = "log"
+	tasksDir   = "tasks"
+	damagedDir = "damaged"
+	assignment = "assignment"
+	tmpSuffix  = ".tmp"
+
+	// The log is rewritten once it is this large and mostly history.
+	compactPast  = 64 << 10
+	compactRatio = 4
+)
+
+// Journal implements agent.Journal on files. It is not safe for concurrent use.
+type Journal struct {
+	fs   fileSystem
+	lock io.Closer
+	live *live
+
+	log       file
+	size      int64 // of the log, all of it acknowledged
+	liveSize  int64 // as of the last rewrite
+	rewrite   bool  // the log's end is in doubt: write a new one first
+	forgotten map[string]bool
+}
+
+var _ agent.Journal = (*Journal)(nil)
+
+// Open takes the state directory, made if missing, and reads what it holds.
+// Damage is no error: it is set aside and told in Saved.Problems.
+func Open(dir string) (*Journal, agent.Saved, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, agent.Saved{}, fmt.Errorf("make the state directory: %w", err)
+	}
+	l, err := lock(filepath.Join(dir, "lock"))
+	if err != nil {
+		return nil, agent.Saved{}, err
+	}
+	j, saved, err := open(disk{dir})
+	if err != nil {
+		return nil, agent.Saved{}, errors.Join(fmt.Errorf("open state directory %s: %w", dir, err), l.Close())
+	}
+	j.lock = l
+	return j, saved, nil
+}
+
+// Close lets go of the state directory.
+func (j *Journal) Close() error {
+	var errs []error
+	if j.log != nil {
+		errs = append(errs, j.log.Close())
+	}
+	if j.lock != nil {
+		errs = append(errs, j.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// SaveAssignment writes a task's assignment so that it is there whole or not
+// at all.
+func (j *Journal) SaveAssignment(a *wire.Assignment) error {
+	id := a.GetTaskId()
+	if !validName(id) {
+		return fmt.Errorf("task id %q cannot name a directory", id)
+	}
+	b, err := encodeAssignment(a)
+	if err != nil {
+		return fmt.Errorf("save assignment of task %s: %w", id, err)
+	}
+	dir := filepath.Join(tasksDir, id)
+	if err := j.fs.mkdir(dir); err != nil {
+		return fmt.Errorf("save assignment of task %s: %w", id, err)
+	}
+	if err := j.replace(filepath.Join(dir, assignment), b); err != nil {
+		return fmt.Errorf("save assignment of task %s: %w", id, err)
+	}
+	if err := j.fs.syncDir(tasksDir); err != nil {
+		return fmt.Errorf("save assignment of task %s: %w", id, err)
+	}
+	if j.forgotten[id] {
+		// Else the note that it was forgotten would remove it at the next start.
+		if err := j.append(entry{Record: agent.Record{Task: id}, Kept: true}); err != nil {
+			return fmt.Errorf("save assignment of task %s: %w", id, err)
+		}
+	}
+	j.live.task(id).assignment = a
+	return nil
+}
+
+// replace puts content under a name: temporary file, sync, rename, sync of
+// the directory.
+func (j *Journal) replace(name string, content []byte) error {
+	tmp := name + tmpSuffix
+	err := j.write(tmp, content)
+	if err == nil {
+		err = j.fs.rename(tmp, name)
+	}
+	if err != nil {
+		// Best effort: on a full disk the half file is space lost.
+		_ = j.fs.remove(tmp)
+		return err
+	}
+	return j.fs.syncDir(filepath.Dir(name))
+}
+
+func (j *Journal) write(name string, content []byte) error {
+	f, err := j.fs.create(name)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(content); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	if err := f.Sync(); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	return f.Close()
+}
+
+// Append writes records, all of them with one fsync.
+func (j *Journal) Append(records ...agent.Record) error {
+	entries := make([]entry, 0, len(records))
+	for _, r := range records {
+		entries = append(entries, entry{Record: r})
+	}
+	if err := j.append(entries...); err != nil {
+		return err
+	}
+	if j.size > compactPast && j.size > compactRatio*j.liveSize {
+		// The log is whole with or without this; failing, it is tried again.
+		_ = j.compact()
+	}
+	return nil
+}
+
+func (j *Journal) append(entries ...entry) error {
+	if j.rewrite {
+		if err := j.compact(); err != nil {
+			return fmt.Errorf("rewrite the log: %w", err)
+		}
+	}
+	var b []byte
+	for _, e := range entries {
+		var err error
+		if b, err = appendFrame(b, e); err != nil {
+			return fmt.Errorf("append to the log: %w", err)
+		}
+	}
+	if _, err := j.log.Write(b); err != nil {
+		// What was half written must not come before the next record.
+		if terr := j.log.Truncate(j.size); terr != nil {
+			j.rewrite = true
+		}
+		return fmt.Errorf("append to the log: %w", err)
+	}
+	if err := j.log.Sync(); err != nil {
+		// After a failed fsync nobody knows what is on disk, and a second one
+		// may lie: begin a new file.
+		j.rewrite = true
+		return fmt.Errorf("sync the log: %w", err)
+	}
+	j.size += int64(len(b))
+	for _, e := range entries {
+		j.live.apply(e)
+		if e.Forget {
+			j.forgotten[e.Task] = true
+		} else if e.Kept {
+			delete(j.forgotten, e.Task)
+		}
+	}
+	return nil
+}
+
+// ForgetTask removes everything about a task. The note in the log comes
+// first: after a power cut the next start finishes the rest.
+func (j *Journal) ForgetTask(id string) error {
+	if !validName(id) {
+		return fmt.Errorf("task id %q cannot name a directory", id)
+	}
+	if err := j.append(entry{Record: agent.Record{Task: id}, Forget: true}); err != nil {
+		return err
+	}
+	return j.removeTask(id)
+}
+
+func (j *Journal) removeTask(id string) error {
+	dir := filepath.Join(tasksDir, id)
+	for _, name := range []string{filepath.Join(dir, assignment+tmpSuffix), filepath.Join(dir, assignment), dir} {
+		if err := j.fs.remove(name); err != nil {
+			return fmt.Errorf("remove the assignment of task %s: %w", id, err)
+		}
+	}
+	if err := j.fs.syncDir(tasksDir); err != nil {
+		return fmt.Errorf("remove the assignment of task %s: %w", id, err)
+	}
+	return nil
+}
+
+// compact writes a new log of what still counts and puts it in the old one's
+// place.
+func (j *Journal) compact() error {
+	b := newLog()
+	for _, e := range j.live.entries() {
+		var err error
+		if b, err = appendFrame(b, e); err != nil {
+			return err
+		}
+	}
+	// A note that a task was forgotten goes only with its assignment.
+	for id := range j.forgotten {
+		if err := j.removeTask(id); err != nil {
+			return err
+		}
+	}
+	if err := j.replace(logName, b); err != nil {
+		return err
+	}
+	f, err := j.fs.open(logName)
+	if err != nil {
+		j.rewrite = true
+		return err
+	}
+	if j.log != nil {
+		_ = j.log.Close() // of a file that is gone
+	}
+	j.log, j.size, j.liveSize, j.rewrite = f, int64(len(b)), int64(len(b)), false
+	clear(j.forgotten)
+	return nil
+}
