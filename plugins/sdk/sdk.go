@@ -51,3 +51,10 @@ type Plugin interface {
 	// is no error here: calls that need it answer Unavailable.
 	Configure(ctx context.Context, c Config) error
 }
+
+// RuntimePlugin is a Plugin of kind runtime. Runtime is asked once, before
+// Configure; its calls come after.
+type RuntimePlugin interface {
+	Plugin
+	Runtime() Runtime
+}

@@ -1,0 +1,162 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"io"
+	"time"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
+	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
+)
+
+// runtimeClient is the sdk.Runtime of one plugin process.
+type runtimeClient struct {
+	p   *Plugin
+	rpc pluginpb.RuntimeClient
+}
+
+var _ sdk.Runtime = (*runtimeClient)(nil)
+
+func (c *runtimeClient) op(what string) string { return what + " (plugin " + c.p.info.Name + ")" }
+
+// Info implements sdk.Runtime.
+func (c *runtimeClient) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	r, err := c.rpc.Info(cctx, &pluginpb.InfoRequest{})
+	if err != nil {
+		return sdk.RuntimeInfo{}, c.p.explain(ctx, c.op("info"), err)
+	}
+	return bridge.FromRuntimeInfo(r), nil
+}
+
+// PrepareTask implements sdk.Runtime.
+func (c *runtimeClient) PrepareTask(ctx context.Context, t sdk.TaskSpec) error {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	_, err := c.rpc.PrepareTask(cctx, &pluginpb.PrepareTaskRequest{Task: bridge.ToTaskSpec(t)})
+	return c.p.explain(ctx, c.op("prepare task "+t.ID), err)
+}
+
+// RemoveTask implements sdk.Runtime.
+func (c *runtimeClient) RemoveTask(ctx context.Context, task string) error {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	_, err := c.rpc.RemoveTask(cctx, &pluginpb.RemoveTaskRequest{Id: task})
+	return c.p.explain(ctx, c.op("remove task "+task), err)
+}
+
+// Pull implements sdk.Runtime.
+func (c *runtimeClient) Pull(ctx context.Context, r sdk.PullRequest, progress func(sdk.PullProgress)) (sdk.Image, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	fail := func(err error) (sdk.Image, error) {
+		return sdk.Image{}, c.p.explain(ctx, c.op("pull "+r.Image), err)
+	}
+	stream, err := c.rpc.Pull(cctx, bridge.ToPull(r))
+	if err != nil {
+		return fail(err)
+	}
+	var image *pluginpb.Image
+	for {
+		u, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF) && image != nil:
+			return bridge.FromImage(image), nil
+		case errors.Is(err, io.EOF):
+			return sdk.Image{}, sdk.Errorf(sdk.Internal, c.op("pull "+r.Image), "the plugin ended the pull without an image")
+		case err != nil:
+			return fail(err)
+		}
+		if i := u.GetImage(); i != nil {
+			image = i
+		} else if g := u.GetProgress(); g != nil && progress != nil {
+			progress(bridge.FromProgress(g))
+		}
+	}
+}
+
+// Start implements sdk.Runtime.
+func (c *runtimeClient) Start(ctx context.Context, r sdk.StartRequest) (sdk.Container, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	a, err := c.rpc.Start(cctx, bridge.ToStart(r))
+	if err != nil {
+		return sdk.Container{}, c.p.explain(ctx, c.op("start "+r.Attempt.String()), err)
+	}
+	return bridge.FromContainer(a.GetContainer()), nil
+}
+
+// Stop implements sdk.Runtime.
+func (c *runtimeClient) Stop(ctx context.Context, a sdk.Attempt, grace time.Duration) (sdk.Container, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	r, err := c.rpc.Stop(cctx, &pluginpb.StopRequest{Attempt: bridge.ToAttempt(a), GraceNanos: int64(grace)})
+	if err != nil {
+		return sdk.Container{}, c.p.explain(ctx, c.op("stop "+a.String()), err)
+	}
+	return bridge.FromContainer(r.GetContainer()), nil
+}
+
+// Remove implements sdk.Runtime.
+func (c *runtimeClient) Remove(ctx context.Context, a sdk.Attempt) error {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	_, err := c.rpc.Remove(cctx, &pluginpb.RemoveRequest{Attempt: bridge.ToAttempt(a)})
+	return c.p.explain(ctx, c.op("remove "+a.String()), err)
+}
+
+// List implements sdk.Runtime.
+func (c *runtimeClient) List(ctx context.Context) (sdk.Inventory, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	r, err := c.rpc.List(cctx, &pluginpb.ListRequest{})
+	if err != nil {
+		return sdk.Inventory{}, c.p.explain(ctx, c.op("list"), err)
+	}
+	return bridge.FromInventory(r), nil
+}
+
+// Events implements sdk.Runtime.
+func (c *runtimeClient) Events(ctx context.Context, f func(sdk.Attempt)) error {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	stream, err := c.rpc.Events(cctx, &pluginpb.EventsRequest{})
+	if err != nil {
+		return c.p.explain(ctx, c.op("events"), err)
+	}
+	for {
+		e, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return sdk.Errorf(sdk.Unavailable, c.op("events"), "the plugin ended the stream")
+		case err != nil:
+			return c.p.explain(ctx, c.op("events"), err)
+		}
+		f(bridge.FromAttempt(e.GetAttempt()))
+	}
+}
+
+// Stats implements sdk.Runtime.
+func (c *runtimeClient) Stats(ctx context.Context, a sdk.Attempt) (sdk.Stats, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	r, err := c.rpc.Stats(cctx, &pluginpb.StatsRequest{Attempt: bridge.ToAttempt(a)})
+	if err != nil {
+		return sdk.Stats{}, c.p.explain(ctx, c.op("stats "+a.String()), err)
+	}
+	return bridge.FromStats(r), nil
+}
+
+// Exec implements sdk.Runtime.
+func (c *runtimeClient) Exec(ctx context.Context, r sdk.ExecRequest) (sdk.ExecResult, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	a, err := c.rpc.Exec(cctx, bridge.ToExec(r))
+	if err != nil {
+		return sdk.ExecResult{}, c.p.explain(ctx, c.op("exec in "+r.Attempt.String()), err)
+	}
+	return bridge.FromExecResult(a), nil
+}

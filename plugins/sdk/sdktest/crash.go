@@ -1,0 +1,131 @@
+package sdktest
+
+import (
+	"errors"
+	"math/rand/v2"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+func testCrashWhileRunning(t *testing.T, r *rig) {
+	req, c := r.start(t, `trap 'exit 7' TERM; echo ready; i=0; while :; do i=$((i+1)); sleep 0.1; [ $i = 10 ] && echo later; done`)
+	r.wantOutput(t, req.Stdout, "ready\n")
+	r.crash()
+	r.wantOutput(t, req.Stdout, "ready\nlater\n") // it goes on, and so does its output
+	r.launch(t)
+
+	got, ok := r.find(t, req.Attempt)
+	if !ok || got.State != sdk.StateRunning || got.PID != c.PID || got.RuntimeID != c.RuntimeID {
+		t.Fatalf("after the crash List has %+v, want %+v", got, c)
+	}
+	adopted, err := r.runtime.Start(r.ctx(t), req)
+	if err != nil || adopted.PID != c.PID {
+		t.Fatalf("after the crash Start returned %+v, %v, want pid %d", adopted, err, c.PID)
+	}
+	stopped, err := r.runtime.Stop(r.ctx(t), req.Attempt, r.patience(20*time.Second))
+	if err != nil {
+		t.Fatalf("Stop: %v", err)
+	}
+	checkExit(t, "Stop", stopped, 7)
+	r.crash()
+	r.launch(t)
+	r.wantExit(t, req.Attempt, 7)
+}
+
+func testCrashWhileExiting(t *testing.T, r *rig) {
+	for _, code := range []int{0, 11} {
+		req, c := r.start(t, "echo started; sleep 1; exit "+map[int]string{0: "0", 11: "11"}[code])
+		r.crash()
+		r.gone(t, c.PID)
+		r.launch(t)
+		r.wantExit(t, req.Attempt, code)
+		adopted, err := r.runtime.Start(r.ctx(t), req)
+		if err != nil {
+			t.Fatalf("Start after the crash: %v", err)
+		}
+		checkExit(t, "Start after the crash", adopted, code)
+		r.wantOutput(t, req.Stdout, "started\n")
+	}
+}
+
+func testCrashWhileKilled(t *testing.T, r *rig) {
+	req, c := r.start(t, stay)
+	r.crash()
+	if err := syscall.Kill(c.PID, syscall.SIGKILL); err != nil {
+		t.Fatalf("kill %d: %v", c.PID, err)
+	}
+	r.gone(t, c.PID)
+	r.launch(t)
+	r.wantExit(t, req.Attempt, 137)
+}
+
+// testCrashInStart kills the plugin at random moments of Start and starts
+// again, as an agent does: there is one process in the end, and it ran once.
+func testCrashInStart(t *testing.T, r *rig) {
+	begun := time.Now()
+	first, _ := r.start(t, stay)
+	usual := time.Since(begun)
+	if _, err := r.runtime.Stop(r.ctx(t), first.Attempt, 0); err != nil {
+		t.Fatal(err)
+	}
+	for range r.opts.HangUp {
+		req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
+		after := rand.N(usual + usual/4)
+		started := make(chan error, 1)
+		go func() {
+			_, err := r.runtime.Start(r.ctx(t), req)
+			started <- err
+		}()
+		<-time.After(after)
+		r.crash()
+		if err := <-started; err != nil && !errors.Is(err, sdk.Unavailable) {
+			t.Errorf("killed after %s: Start failed with kind %q, want unavailable: %v", after, sdk.KindOf(err), err)
+		}
+		r.launch(t)
+		c, err := r.runtime.Start(r.ctx(t), req)
+		if err != nil {
+			t.Errorf("killed after %s: second Start: %v", after, err)
+			continue
+		}
+		if c.State != sdk.StateRunning {
+			t.Errorf("killed after %s: second Start returned %+v, want it running", after, c)
+			continue
+		}
+		r.wantOutput(t, req.Stdout, "started\n")
+		if got, _ := r.find(t, req.Attempt); got.PID != c.PID {
+			t.Errorf("killed after %s: List has pid %d, Start returned %d", after, got.PID, c.PID)
+		}
+		stopped, err := r.runtime.Stop(r.ctx(t), req.Attempt, 0)
+		if err != nil {
+			t.Errorf("killed after %s: Stop: %v", after, err)
+			continue
+		}
+		checkExit(t, "Stop", stopped, 137)
+		if got := readFile(t, req.Stdout); got != "started\n" {
+			t.Errorf("killed after %s: output is %q: the program ran twice", after, got)
+		}
+	}
+}
+
+func testCrashInStop(t *testing.T, r *rig) {
+	req, c := r.start(t, `trap 'echo term; sleep 1; exit 7' TERM; echo ready; while :; do sleep 0.1; done`)
+	r.wantOutput(t, req.Stdout, "ready\n")
+	stopped := make(chan error, 1)
+	go func() {
+		_, err := r.runtime.Stop(r.ctx(t), req.Attempt, time.Minute)
+		stopped <- err
+	}()
+	r.wantOutput(t, req.Stdout, "ready\nterm\n")
+	r.crash()
+	wantKind(t, "Stop whose plugin was killed", <-stopped, sdk.Unavailable)
+	r.gone(t, c.PID)
+	r.launch(t)
+	again, err := r.runtime.Stop(r.ctx(t), req.Attempt, time.Minute)
+	if err != nil {
+		t.Fatalf("second Stop: %v", err)
+	}
+	checkExit(t, "second Stop", again, 7)
+}
