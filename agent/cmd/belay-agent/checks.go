@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/belay-edge/belay/agent/internal/config"
 	"github.com/belay-edge/belay/agent/internal/identity"
+	"github.com/belay-edge/belay/agent/internal/link"
 	"github.com/belay-edge/belay/agent/internal/system"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
@@ -306,4 +308,30 @@ func checkControlPlane(ctx context.Context, p patient) []finding {
 		return one(warn("let UDP and TCP to it through; one of them is enough to work", "reached over %s only: %v", strings.Join(reached, ", "), errors.Join(failed...)))
 	}
 	return one(ok("reached over %s", strings.Join(reached, " and ")))
+}
+
+// Times of one dial.
+const (
+	quicTime = 5 * time.Second // then it is taken to be blocked
+	tcpTime  = 10 * time.Second
+)
+
+func transports(choice string) []string {
+	if choice == link.TransportAuto {
+		return []string{wire.TransportQUIC, wire.TransportTCP}
+	}
+	return []string{choice}
+}
+
+func dial(ctx context.Context, address, transport, protocol string, cert tls.Certificate, pin wire.Pin) (wire.Session, error) {
+	limit := tcpTime
+	if transport == wire.TransportQUIC {
+		limit = quicTime
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return carrier.Dial(ctx, carrier.DialConfig{
+		Address: address, Transport: transport, Protocol: protocol,
+		Certificate: cert, Pins: []wire.Pin{pin},
+	})
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/belay-edge/belay/agent/internal/config"
 	"github.com/belay-edge/belay/agent/internal/identity"
+	"github.com/belay-edge/belay/agent/internal/link"
 	"github.com/belay-edge/belay/agent/internal/system"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
@@ -79,8 +80,14 @@ cut off can be repeated with the same code: it takes no second use of it.`,
 	return c
 }
 
+// activationCode is a code that is whole. It is a secret: see String.
+type activationCode struct{ text, pin string }
+
+// String hides the secret.
+func (activationCode) String() string { return "[activation code]" }
+
 // readCode finds the activation code and sees whether it is one.
-func readCode(t terminal, flag string) (wire.ActivationCode, error) {
+func readCode(t terminal, flag string) (activationCode, error) {
 	text := flag
 	switch flag {
 	case "":
@@ -88,22 +95,22 @@ func readCode(t terminal, flag string) (wire.ActivationCode, error) {
 	case "-":
 		b, err := io.ReadAll(io.LimitReader(t.in, maxCodeInput))
 		if err != nil {
-			return wire.ActivationCode{}, fmt.Errorf("read activation code from standard input: %w", err)
+			return activationCode{}, fmt.Errorf("read activation code from standard input: %w", err)
 		}
 		text = string(b)
 	}
 	if strings.TrimSpace(text) == "" {
-		return wire.ActivationCode{}, usageError{errors.New("no activation code: pass --activation CODE, or - to read it from standard input, or set BELAY_ACTIVATION; make one with: belay activation create")}
+		return activationCode{}, usageError{errors.New("no activation code: pass --activation CODE, or - to read it from standard input, or set BELAY_ACTIVATION; make one with: belay activation create")}
 	}
 	code, err := wire.ParseActivationCode(text)
 	if err != nil {
-		return wire.ActivationCode{}, usageError{err}
+		return activationCode{}, usageError{err}
 	}
-	return code, nil
+	return activationCode{text, code.Pin.String()}, nil
 }
 
 // enroll makes the device an instance, or finds that it is one already.
-func enroll(ctx context.Context, t terminal, cfg config.Config, code wire.ActivationCode, force bool) (identity.Instance, bool, error) {
+func enroll(ctx context.Context, t terminal, cfg config.Config, code activationCode, force bool) (identity.Instance, bool, error) {
 	if force {
 		if err := noAgentHas(cfg.StateDir); err != nil {
 			return identity.Instance{}, false, err
@@ -115,7 +122,7 @@ func enroll(ctx context.Context, t terminal, cfg config.Config, code wire.Activa
 	if err != nil {
 		return identity.Instance{}, false, err
 	}
-	begun, err := identity.Begin(cfg.StateDir, code.Pin.String(), func() ([]byte, error) {
+	begun, err := identity.Begin(cfg.StateDir, code.pin, func() ([]byte, error) {
 		key, err := carrier.NewKey()
 		if err != nil {
 			return nil, err
@@ -141,21 +148,17 @@ func enroll(ctx context.Context, t terminal, cfg config.Config, code wire.Activa
 		begun.Discard()
 		return identity.Instance{}, false, err
 	}
-	response, err := enrolment{
-		code: code, cert: cert, transport: cfg.Transport, retry: time.Second,
-		request: &wire.EnrollRequest{
-			Version: wire.Version, ActivationId: code.ID, Secret: code.Secret,
-			HashedMachineId: facts.MachineID, AgentVersion: agentVersion(), Hostname: facts.Hostname,
-			Facts: describe(facts, cfg),
-		},
-		warn: func(format string, args ...any) { fmt.Fprintf(t.err, "belay-agent: "+format+"\n", args...) },
-	}.ask(ctx)
+	e, err := ask(ctx, t, link.EnrollConfig{
+		Code: code.text, Key: key, Transport: cfg.Transport,
+		HashedMachineID: facts.MachineID, AgentVersion: agentVersion(), Hostname: facts.Hostname,
+		Facts: describe(facts, cfg),
+	})
 	if err != nil {
 		return identity.Instance{}, false, settle(begun, err)
 	}
 	i := identity.Instance{
-		ID: response.GetInstanceId(), Cluster: response.GetCluster(), Pin: code.Pin.String(),
-		Addresses: usable(response.GetAddresses(), code.Addresses), KeyFingerprint: wire.Fingerprint(cert.Leaf),
+		ID: e.InstanceID, Cluster: e.Cluster, Pin: e.Pin.String(),
+		Addresses: e.Addresses, KeyFingerprint: wire.Fingerprint(cert.Leaf),
 	}
 	if err := begun.Commit(i); err != nil {
 		return identity.Instance{}, false, fmt.Errorf("the control plane took this device as %s, but that could not be recorded: %w: see to it and run the same command again", i.ID, err)
@@ -163,20 +166,67 @@ func enroll(ctx context.Context, t terminal, cfg config.Config, code wire.Activa
 	return i, false, nil
 }
 
-// settle leaves on disk what the failure calls for and explains it.
-func settle(begun *identity.Enrolment, err error) error {
-	var no refusedError
-	switch {
-	case errors.Is(err, errUndecided):
-		begun.Keep()
-		return fmt.Errorf("%w\nthe device may or may not be enrolled: run the same command again, it takes no second use of the activation", err)
-	case errors.As(err, &no):
-		if no.said.Code == wire.CodePrecondition { // the key belongs to a deregistered instance
-			begun.Reject()
-			return fmt.Errorf("enrolment refused: %w: run the command again to enrol with a new key", err)
+// Pauses between two questions to a control plane that has not decided.
+const (
+	firstPause = 500 * time.Millisecond
+	lastPause  = 10 * time.Second
+)
+
+// ask asks until the control plane has decided, nobody can be reached, or ctx
+// ends. Asking again is harmless: the same key is the same instance.
+func ask(ctx context.Context, t terminal, cfg link.EnrollConfig) (link.Enrollment, error) {
+	var lost error // the last answer that may have been a yes
+	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+		e, err := link.Enroll(ctx, cfg)
+		if err == nil {
+			return e, nil
 		}
-		begun.Discard()
-		return fmt.Errorf("enrolment refused: %w", err)
+		if errors.Is(err, link.ErrUndecided) {
+			lost = err
+		} else if lost == nil && !busy(err) || errors.Is(err, link.ErrRefused) && !busy(err) {
+			return link.Enrollment{}, err
+		}
+		wait := pause
+		var told *wire.Error
+		if errors.As(err, &told) && told.RetryAfter > 0 {
+			wait = told.RetryAfter
+		}
+		if deadline, ok := ctx.Deadline(); ctx.Err() != nil || ok && time.Until(deadline) < wait {
+			if lost != nil {
+				err = lost
+			}
+			return link.Enrollment{}, err
+		}
+		fmt.Fprintf(t.err, "belay-agent: %v: trying again in %s\n", err, wait)
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+	}
+}
+
+// busy tells refusals that another try may change.
+func busy(err error) bool {
+	switch wire.CodeOf(err) {
+	case wire.CodeOverloaded, wire.CodeUnavailable, wire.CodeInternal, wire.CodeShutdown:
+		return true
+	}
+	return false
+}
+
+// settle leaves on disk what the failure calls for.
+func settle(begun *identity.Enrolment, err error) error {
+	switch {
+	case errors.Is(err, link.ErrUndecided):
+		begun.Keep()
+		return fmt.Errorf("%w: run the same command again, it takes no second use of the activation", err)
+	case wire.CodeOf(err) == wire.CodePrecondition: // the key belongs to a deregistered instance
+		begun.Reject()
+		return fmt.Errorf("enrolment refused: %w: run the command again to enrol with a new key", err)
+	case errors.Is(err, link.ErrRefused):
+		err = fmt.Errorf("enrolment refused: %w", err)
 	}
 	begun.Discard()
 	return err
@@ -184,14 +234,14 @@ func settle(begun *identity.Enrolment, err error) error {
 
 // enrolledAlready tells whether there is nothing to do, or an error when the
 // device belongs to another control plane.
-func enrolledAlready(stateDir string, code wire.ActivationCode) (identity.Instance, bool, error) {
+func enrolledAlready(stateDir string, code activationCode) (identity.Instance, bool, error) {
 	id, err := identity.Load(stateDir)
 	switch {
 	case errors.Is(err, identity.ErrNotEnrolled):
 		return identity.Instance{}, false, nil
 	case err != nil:
 		return identity.Instance{}, false, err
-	case id.Pin != code.Pin.String():
+	case id.Pin != code.pin:
 		return identity.Instance{}, false, fmt.Errorf("this device is enrolled with another control plane, at %s, as %s: stop the agent and use --force to leave that one, or choose another --state-dir",
 			strings.Join(id.Addresses, ", "), id.ID)
 	}
@@ -209,20 +259,6 @@ func noAgentHas(stateDir string) error {
 		return fmt.Errorf("an agent is running on %s: stop it before enrolling anew", stateDir)
 	}
 	return nil
-}
-
-// usable keeps the addresses that can be dialled; without any, those of the code.
-func usable(addresses, otherwise []string) []string {
-	var good []string
-	for _, a := range addresses {
-		if wire.CheckAddress(a) == nil {
-			good = append(good, a)
-		}
-	}
-	if len(good) == 0 {
-		return otherwise
-	}
-	return good
 }
 
 func factOptions(c config.Config) system.Options {

@@ -141,7 +141,7 @@ func TestEnroll(t *testing.T) {
 				t.Fatal(err)
 			}
 			asked, keys := c.seen()
-			if len(asked) != 1 || id.KeyFingerprint != keys[0] || id.Addresses[0] != "cp.example:7443" || id.Pin != c.ca.Pin().String() {
+			if len(asked) != 1 || id.KeyFingerprint != keys[0] || id.Addresses[0] != c.addr || id.Addresses[1] != "cp.example:7443" || id.Pin != c.ca.Pin().String() {
 				t.Errorf("recorded %+v after %d requests with keys %v", id.Instance, len(asked), keys)
 			}
 			if r := asked[0]; r.HashedMachineId == "" && r.Facts.Attributes["belay.arch"] == "" || r.Facts.Cpu == 0 || r.AgentVersion == "" || r.Facts.ReservedPorts[0].Port != 22 {
@@ -181,9 +181,9 @@ func TestEnrollRefusedLeavesNothing(t *testing.T) {
 		code   func(*testing.T, *control) string
 		want   string
 	}{
-		{"wrong secret", refuse(wire.CodeUnknownKey, "wrong activation code"), own, "refused: wrong activation code"},
-		{"expired", refuse(wire.CodeExpired, "this activation expired"), own, "refused: this activation expired"},
-		{"used up", refuse(wire.CodeExhausted, "used by 10 of 10"), own, "refused: used by 10 of 10"},
+		{"wrong secret", refuse(wire.CodeUnknownKey, "wrong activation code"), own, "wrong secret"},
+		{"expired", refuse(wire.CodeExpired, "this activation expired"), own, "refused: the activation has expired"},
+		{"used up", refuse(wire.CodeExhausted, "used by 10 of 10"), own, "used up"},
 		{"deregistered", refuse(wire.CodePrecondition, "was deregistered"), own, "new key"},
 		{"server with another key", accept, func(t *testing.T, c *control) string {
 			return (&control{ca: other.ca, addr: c.addr}).code(t)
@@ -250,7 +250,7 @@ func TestEnrollWaitsForABusyControlPlane(t *testing.T) {
 		return accept(n)
 	})
 	code, _, stderr := command(t, "", "enroll", "--state-dir", t.TempDir(), "--transport", "tcp", "--activation", c.code(t))
-	if code != 0 || !strings.Contains(stderr, "busy: trying again") {
+	if code != 0 || !strings.Contains(stderr, "trying again in 10ms") {
 		t.Errorf("exit %d, %q", code, stderr)
 	}
 }
