@@ -45,6 +45,9 @@ type Enrollment struct {
 var (
 	ErrRefused     = errors.New("the control plane refused the enrolment")
 	ErrUnreachable = errors.New("no control plane could be reached")
+	// ErrUndecided: the request was sent and no answer came. Asking again with
+	// the same key settles it; another key might be a second instance.
+	ErrUndecided = errors.New("the control plane was asked, but its answer was lost")
 )
 
 // Enroll asks the control plane named in the code to make this device an
@@ -76,10 +79,10 @@ func Enroll(ctx context.Context, cfg EnrollConfig) (Enrollment, error) {
 			})
 			cancel()
 			if err != nil {
-				if ctx.Err() != nil {
-					return Enrollment{}, fmt.Errorf("enrol: %w", ctx.Err())
-				}
 				failed = append(failed, err)
+				if ctx.Err() != nil {
+					return Enrollment{}, enrollFailure(failed)
+				}
 				if errors.Is(err, carrier.ErrWrongPin) {
 					break
 				}
@@ -89,7 +92,7 @@ func Enroll(ctx context.Context, cfg EnrollConfig) (Enrollment, error) {
 			s.Close("", "")
 			if err != nil {
 				// Whether it took effect is unknown; asking again is safe.
-				failed = append(failed, fmt.Errorf("enrol at %s over %s: %w", address, try.transport, err))
+				failed = append(failed, fmt.Errorf("enrol at %s over %s: %w: %w", address, try.transport, ErrUndecided, err))
 				continue
 			}
 			return accept(answer, code, address, try.transport)
@@ -138,7 +141,7 @@ func accept(answer *wire.EnrollResponse, code wire.ActivationCode, address, tran
 		return Enrollment{}, refusal(err)
 	}
 	if answer.InstanceId == "" {
-		return Enrollment{}, errors.New("enrol: the control plane answered without an instance id")
+		return Enrollment{}, fmt.Errorf("enrol: %w: it names no instance", ErrUndecided)
 	}
 	e := Enrollment{
 		InstanceID: answer.InstanceId, Cluster: answer.Cluster, Pin: code.Pin,
@@ -162,7 +165,7 @@ func refusal(err error) error {
 		wire.CodeUnknownKey:   "the activation code has a wrong secret: copy it again, or " + anew,
 		wire.CodeExpired:      "the activation has expired: " + anew,
 		wire.CodeExhausted:    "the activation is used up, as many devices as it allows have enrolled: " + anew,
-		wire.CodePrecondition: "this device's key belongs to an instance that was deregistered: wipe its state directory and enrol again",
+		wire.CodePrecondition: "this device's key belongs to an instance that was deregistered: it needs a new one",
 		wire.CodeVersion:      "agent and control plane have no protocol version in common: update one of them",
 		wire.CodeOverloaded:   "the control plane is busy: try again in a minute",
 		wire.CodeUnavailable:  "the control plane cannot enrol anyone just now: try again in a minute",
@@ -185,6 +188,8 @@ func (r *decision) Unwrap() []error { return []error{ErrRefused, r.err} }
 func enrollFailure(failed []error) error {
 	err := joined(failed)
 	switch {
+	case errors.Is(err, ErrUndecided):
+		return err
 	case errors.Is(err, carrier.ErrWrongPin):
 		return fmt.Errorf("enrol: the server that answered has another key than the one in the activation code: "+
 			"the code belongs to another control plane, or something stands between: %w", err)

@@ -1,0 +1,148 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// The shipped file is the documentation: it must hold every key, at its default.
+func TestReferenceFileIsTheDefaults(t *testing.T) {
+	const reference = "../../../packaging/agent.toml"
+	text, err := os.ReadFile(reference)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got Config
+	if err := decode(reference, text, &got); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(Default(), got); diff != "" {
+		t.Errorf("defaults (-) differ from the reference file (+):\n%s", diff)
+	}
+	d := Default()
+	if err := d.Validate(); err != nil {
+		t.Errorf("defaults are not valid: %v", err)
+	}
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// load writes agent.toml and plugins.d below a directory and loads them.
+func load(t *testing.T, agent string, plugins map[string]string) (Config, error) {
+	t.Helper()
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "agent.toml"), "plugin_config_dir = \""+dir+"/plugins.d\"\n"+agent)
+	for name, text := range plugins {
+		write(t, filepath.Join(dir, "plugins.d", name), text)
+	}
+	c, err := Load(filepath.Join(dir, "agent.toml"))
+	c.PluginConfigDir = ""
+	return c, err
+}
+
+func TestLoad(t *testing.T) {
+	got, err := load(t, `
+transport = "tcp"
+keep_stopped = "90s"
+reserved_ports = ["53", "8080/udp"]
+[reserve]
+memory_mib = 64
+[attributes]
+rack = "7"
+[plugins.process]
+allow = ["/bin"]
+nested = {a = 1}
+`, map[string]string{"containerd.toml": "address = \"/run/c.sock\"\nunknown_to_the_agent = 2.5\n", "README": "not toml"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Default()
+	want.PluginConfigDir = ""
+	want.Transport = "tcp"
+	want.KeepStopped = Duration(90 * time.Second)
+	want.ReservedPorts = []Ports{{Port: 53}, {Port: 8080, Protocol: "udp"}}
+	want.Reserve.MemoryMiB = 64
+	want.Attributes = map[string]string{"rack": "7"}
+	want.Plugins = map[string]Table{
+		"process":    {"allow": []any{"/bin"}, "nested": map[string]any{"a": int64(1)}},
+		"containerd": {"address": "/run/c.sock", "unknown_to_the_agent": 2.5},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	got.SetPlugin("containerd", "address", "/x.sock")
+	js, err := got.PluginJSON("containerd")
+	if err != nil || string(js) != `{"address":"/x.sock","unknown_to_the_agent":2.5}` {
+		t.Errorf("plugin is handed %s, %v", js, err)
+	}
+	if js, err := got.PluginJSON("absent"); js != nil || err != nil {
+		t.Errorf("a plugin without a table is handed %s, %v", js, err)
+	}
+}
+
+func TestLoadErrorsNameKeyAndLine(t *testing.T) {
+	// agent.toml's own first line is plugin_config_dir.
+	for _, c := range []struct {
+		name, agent string
+		plugins     map[string]string
+		want        []string
+	}{
+		{"unknown key", "\ntransprot = \"tcp\"", nil, []string{"agent.toml:3: unknown key transprot"}},
+		{"unknown keys, all at once", "x = 1\n[log]\nlevle = \"info\"", nil, []string{":2: unknown key x", ":4: unknown key log.levle"}},
+		{"unknown table", "[logging]\nlevel=\"info\"", nil, []string{":2: unknown key logging"}},
+		{"wrong type", "transport = 7", nil, []string{"agent.toml:2:", "transport"}},
+		{"broken TOML", "transport = ", nil, []string{"agent.toml:2:"}},
+		{"bad duration", "keep_stopped = \"soon\"", nil, []string{"\"soon\" is not a duration", "1h30m"}},
+		{"bad port", "reserved_ports = [\"22/sctp\"]", nil, []string{"\"22/sctp\" is not a port"}},
+		{"port zero", "reserved_ports = [\"0\"]", nil, []string{"\"0\" is not a port"}},
+		{"every bad value", "transport = \"pigeon\"\nrun_dir = \"run\"\n[reserve]\ncpu_percent = 95", nil, []string{"transport is \"pigeon\"", "run_dir is \"run\": must be an absolute path", "cpu_percent is 95"}},
+		{"negative memory", "[reserve]\nmemory_mib = -1", nil, []string{"agent.toml:3:"}},
+		{"reserved attribute", "[attributes]\n\"belay.arch\" = \"z80\"", nil, []string{"belay.arch", "agent's own"}},
+		{"no JSON for it", "[plugins.p]\nx = inf", nil, []string{"plugin p"}},
+		{"plugin name", "[plugins.Nope]\nx = 1", nil, []string{"plugins.\"Nope\""}},
+		{"configured twice", "[plugins.p]\nx = 1", map[string]string{"p.toml": "x = 1"}, []string{"configured twice", "p.toml"}},
+		{"broken plugin file", "", map[string]string{"p.toml": "a = 1\na = 2"}, []string{"p.toml:2"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, err := load(t, c.agent, c.plugins)
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			for _, w := range c.want {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("error %q does not say %q", err, w)
+				}
+			}
+		})
+	}
+}
+
+func TestLoadMissingFile(t *testing.T) {
+	if _, err := Load(filepath.Join(t.TempDir(), "no.toml")); err == nil {
+		t.Error("a file asked for by name may not be missing")
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte("transport = \"tcp\"\n[plugins.p]\nx = 1\n"))
+	f.Add([]byte("[log]\nlevle = 1\n[[plugins]]"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c := Default()
+		if decode("f", b, &c) == nil {
+			_ = c.Validate()
+		}
+	})
+}

@@ -1,0 +1,153 @@
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Load reads the file at path over the defaults, then the plugins' own files,
+// and validates the whole. A missing file is an error unless path is
+// DefaultPath; a missing plugin_config_dir is not.
+func Load(path string) (Config, error) {
+	c := Default()
+	text, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && path == DefaultPath:
+	case err != nil:
+		return Config{}, fmt.Errorf("read configuration: %w", err)
+	default:
+		if err := decode(path, text, &c); err != nil {
+			return Config{}, err
+		}
+	}
+	if err := c.loadPlugins(); err != nil {
+		return Config{}, err
+	}
+	if err := c.Validate(); err != nil {
+		return Config{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// decode is strict, and says where: "agent.toml:12: ...".
+func decode(path string, text []byte, into any) error {
+	d := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
+	err := d.Decode(into)
+	var missing *toml.StrictMissingError
+	if errors.As(err, &missing) {
+		var all []error
+		for _, e := range missing.Errors {
+			line, _ := e.Position()
+			all = append(all, fmt.Errorf("%s:%d: unknown key %s", path, line, strings.Join(e.Key(), ".")))
+		}
+		return errors.Join(all...)
+	}
+	var bad *toml.DecodeError
+	if errors.As(err, &bad) {
+		line, column := bad.Position()
+		key := ""
+		if len(bad.Key()) > 0 {
+			key = strings.Join(bad.Key(), ".") + ": "
+		}
+		return fmt.Errorf("%s:%d:%d: %s%s", path, line, column, key, strings.TrimPrefix(bad.Error(), "toml: "))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// loadPlugins adds plugins.d/NAME.toml as [plugins.NAME].
+func (c *Config) loadPlugins() error {
+	files, err := filepath.Glob(filepath.Join(c.PluginConfigDir, "*.toml"))
+	if err != nil {
+		return fmt.Errorf("plugin_config_dir %s: %w", c.PluginConfigDir, err)
+	}
+	for _, f := range files {
+		name := strings.TrimSuffix(filepath.Base(f), ".toml")
+		if _, both := c.Plugins[name]; both {
+			return fmt.Errorf("plugin %s is configured twice: by [plugins.%s] and by %s: keep one of them", name, name, f)
+		}
+		text, err := os.ReadFile(f)
+		if err != nil {
+			return fmt.Errorf("read configuration of plugin %s: %w", name, err)
+		}
+		t := Table{}
+		if err := decode(f, text, &t); err != nil {
+			return err
+		}
+		if c.Plugins == nil {
+			c.Plugins = map[string]Table{}
+		}
+		c.Plugins[name] = t
+	}
+	return nil
+}
+
+var (
+	pluginName    = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
+	attributeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$`)
+)
+
+// Validate names every key that is wrong, with its value and the rule, all at once.
+func (c *Config) Validate() error {
+	var all []error
+	bad := func(format string, args ...any) { all = append(all, fmt.Errorf(format, args...)) }
+	oneOf := func(key, value string, allowed ...string) {
+		if !slices.Contains(allowed, value) {
+			bad("%s is %q: must be one of %s", key, value, strings.Join(allowed, ", "))
+		}
+	}
+	for _, d := range []struct{ key, dir string }{
+		{"state_dir", c.StateDir}, {"run_dir", c.RunDir}, {"plugin_dir", c.PluginDir}, {"plugin_config_dir", c.PluginConfigDir},
+	} {
+		if !filepath.IsAbs(d.dir) {
+			bad("%s is %q: must be an absolute path", d.key, d.dir)
+		}
+	}
+	oneOf("transport", c.Transport, "auto", "quic", "tcp")
+	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
+	oneOf("log.format", c.Log.Format, "text", "json")
+	if c.PullGiveUp < 0 {
+		bad("pull_give_up is negative: must be 0s (never give up) or more")
+	}
+	if c.KeepStopped < 0 {
+		bad("keep_stopped is negative: must be 0s or more")
+	}
+	if c.KeepStoppedTasks < 0 {
+		bad("keep_stopped_tasks is %d: must be 0 or more", c.KeepStoppedTasks)
+	}
+	if c.Reserve.CPUPercent < 0 || c.Reserve.CPUPercent > 90 {
+		bad("reserve.cpu_percent is %d: must be 0 to 90", c.Reserve.CPUPercent)
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Attributes)) {
+		switch {
+		case strings.HasPrefix(name, "belay."):
+			bad("attributes.%q: names beginning with \"belay.\" are the agent's own", name)
+		case !attributeName.MatchString(name):
+			bad("attributes.%q: a name is 1 to 128 letters, digits, '.', '_', '-' and '/', the first a letter or digit", name)
+		}
+		if len(c.Attributes[name]) > 128 {
+			bad("attributes.%q: a value has at most 128 bytes", name)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Plugins)) {
+		if !pluginName.MatchString(name) {
+			bad("plugins.%q: a plugin's name is 1 to 63 lower-case letters, digits and '-'", name)
+		}
+		if _, err := c.PluginJSON(name); err != nil {
+			all = append(all, err)
+		}
+	}
+	return errors.Join(all...)
+}

@@ -1,0 +1,88 @@
+// Package localapi lets the operator of a device ask the running agent what it
+// knows: HTTP and JSON over a unix socket that only root and the agent's own
+// user may use.
+package localapi
+
+import "time"
+
+// SocketName is the socket's name in the run directory.
+const SocketName = "agent.sock"
+
+// Status is the agent at a glance.
+type Status struct {
+	Version    string            `json:"version"`
+	Instance   string            `json:"instance"`
+	Cluster    string            `json:"cluster"`
+	PID        int               `json:"pid"`
+	StartedAt  time.Time         `json:"startedAt"`
+	Link       Link              `json:"link"`
+	Tasks      map[string]int    `json:"tasks"` // how many by lastStatus
+	Attributes map[string]string `json:"attributes"`
+	CPU        uint64            `json:"cpu"` // offered to tasks, 1024 a CPU
+	MemoryMiB  uint64            `json:"memoryMiB"`
+	// Problems are what an operator should look at, one sentence each.
+	Problems []string `json:"problems,omitempty"`
+}
+
+// Link is the tunnel to the control plane.
+type Link struct {
+	Connected bool      `json:"connected"`
+	Transport string    `json:"transport,omitempty"` // "quic" or "tcp"
+	Address   string    `json:"address,omitempty"`
+	Since     time.Time `json:"since,omitzero"` // of the present state
+	LastError string    `json:"lastError,omitempty"`
+}
+
+// Task is one task the agent holds.
+type Task struct {
+	ID            string      `json:"id"`
+	Family        string      `json:"family"`
+	Revision      uint32      `json:"revision"`
+	Runtime       string      `json:"runtime"`
+	LastStatus    string      `json:"lastStatus"`
+	DesiredStatus string      `json:"desiredStatus"`
+	StopCode      string      `json:"stopCode,omitempty"`
+	StoppedReason string      `json:"stoppedReason,omitempty"`
+	Note          string      `json:"note,omitempty"` // what it is doing or waiting for
+	Containers    []Container `json:"containers"`
+}
+
+// Container is one container of a task.
+type Container struct {
+	Name       string `json:"name"`
+	LastStatus string `json:"lastStatus"`
+	Attempt    int    `json:"attempt,omitempty"`
+	ExitCode   *int   `json:"exitCode,omitempty"`
+	Reason     string `json:"reason,omitempty"`
+	RuntimeID  string `json:"runtimeId,omitempty"`
+	PID        int    `json:"pid,omitempty"`
+	Image      string `json:"image,omitempty"`
+	Digest     string `json:"imageDigest,omitempty"`
+	Health     string `json:"health,omitempty"`
+}
+
+// Plugin is one plugin of the device.
+type Plugin struct {
+	Name      string   `json:"name"`
+	Version   string   `json:"version"`
+	Kinds     []string `json:"kinds"`
+	State     string   `json:"state"`
+	LastError string   `json:"lastError,omitempty"`
+	PID       int      `json:"pid,omitempty"`
+	Restarts  int      `json:"restarts"`
+	Path      string   `json:"path"`
+	Checksum  string   `json:"checksum,omitempty"`
+}
+
+// Source is what the server tells of. Calls come at the same time as each
+// other and must not block for long.
+type Source interface {
+	Status() Status
+	Tasks() []Task
+	Plugins() []Plugin
+}
+
+// failure is the body of every answer but 200.
+type failure struct {
+	Error string `json:"error"`
+}
