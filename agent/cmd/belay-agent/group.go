@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -18,6 +19,7 @@ type group struct {
 
 	mu      sync.Mutex
 	running map[string]int
+	late    []error       // of parts that failed to stop well
 	changed chan struct{} // closed and replaced whenever a part ends
 }
 
@@ -34,14 +36,21 @@ func (g *group) start(name string, part func(context.Context) error) {
 	g.mu.Unlock()
 	go func() {
 		err := part(g.ctx)
-		if err == nil && g.ctx.Err() == nil {
-			err = fmt.Errorf("ended without being told to")
+		told := g.ctx.Err() != nil
+		if err == nil && !told {
+			err = errors.New("ended without being told to")
 		}
-		if err != nil && g.ctx.Err() == nil {
-			g.cancel(fmt.Errorf("%s: %w", name, err))
+		if err != nil {
+			err = fmt.Errorf("%s: %w", name, err)
+		}
+		if !told {
+			g.cancel(err)
 		}
 		g.mu.Lock()
 		defer g.mu.Unlock()
+		if err != nil && told {
+			g.late = append(g.late, err)
+		}
 		if g.running[name]--; g.running[name] == 0 {
 			delete(g.running, name)
 		}
@@ -51,34 +60,31 @@ func (g *group) start(name string, part func(context.Context) error) {
 }
 
 // wait returns once every part has ended, or within the deadline after the
-// first end: then the error names what is stuck. It returns why the group
-// ended, nil when it was told to.
+// first end: then the error names what is stuck. It is nil when the group was
+// told to end and every part ended well.
 func (g *group) wait(deadline time.Duration) error {
 	<-g.ctx.Done()
 	timer := time.NewTimer(deadline)
 	defer timer.Stop()
 	for {
 		g.mu.Lock()
-		stuck, changed := slices.Sorted(maps.Keys(g.running)), g.changed
+		stuck, changed, errs := slices.Sorted(maps.Keys(g.running)), g.changed, slices.Clone(g.late)
 		g.mu.Unlock()
 		if len(stuck) == 0 {
-			return g.cause()
+			return errors.Join(append(errs, g.cause())...)
 		}
 		select {
 		case <-changed:
 		case <-timer.C:
-			err := fmt.Errorf("stopping took longer than %s: still running: %s", deadline, strings.Join(stuck, ", "))
-			if cause := g.cause(); cause != nil {
-				err = fmt.Errorf("%w; %w", cause, err)
-			}
-			return err
+			return errors.Join(append(errs, g.cause(),
+				fmt.Errorf("stopping took longer than %s: still running: %s", deadline, strings.Join(stuck, ", ")))...)
 		}
 	}
 }
 
-// cause is nil for a plain cancellation.
+// cause is why the group ended, nil for a plain cancellation.
 func (g *group) cause() error {
-	if err := context.Cause(g.ctx); err != context.Canceled {
+	if err := context.Cause(g.ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
 	return nil

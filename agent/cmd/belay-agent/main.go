@@ -80,7 +80,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(enrollCommand(t), statusCommand(t), tasksCommand(t),
+	root.AddCommand(runCommand(t), enrollCommand(t), statusCommand(t), tasksCommand(t),
 		pluginsCommand(t), doctorCommand(t), versionCommand(t))
 	return root.ExecuteContext(ctx)
 }

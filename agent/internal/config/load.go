@@ -124,8 +124,8 @@ func (c *Config) Validate() error {
 	if c.KeepStopped < 0 {
 		bad("keep_stopped is negative: must be 0s or more")
 	}
-	if c.KeepStoppedTasks < 0 {
-		bad("keep_stopped_tasks is %d: must be 0 or more", c.KeepStoppedTasks)
+	if c.KeepStoppedTasks < 1 {
+		bad("keep_stopped_tasks is %d: must be 1 or more", c.KeepStoppedTasks)
 	}
 	if c.Reserve.CPUPercent < 0 || c.Reserve.CPUPercent > 90 {
 		bad("reserve.cpu_percent is %d: must be 0 to 90", c.Reserve.CPUPercent)

@@ -78,7 +78,7 @@ type Plugin struct {
 // other and must not block for long.
 type Source interface {
 	Status() Status
-	Tasks() []Task
+	Tasks() ([]Task, error)
 	Plugins() []Plugin
 }
 

@@ -22,9 +22,9 @@ func (fixed) Status() Status {
 	return Status{Version: "1", Instance: "i", Link: Link{Connected: true, Transport: "quic", Since: time.Unix(5, 0).UTC()}, Tasks: map[string]int{"RUNNING": 1}}
 }
 
-func (fixed) Tasks() []Task {
+func (fixed) Tasks() ([]Task, error) {
 	zero := 0
-	return []Task{{ID: "t", LastStatus: "RUNNING", Containers: []Container{{Name: "c", ExitCode: &zero}}}}
+	return []Task{{ID: "t", LastStatus: "RUNNING", Containers: []Container{{Name: "c", ExitCode: &zero}}}}, nil
 }
 
 func (fixed) Plugins() []Plugin { return nil }
@@ -82,7 +82,8 @@ func TestClientSeesWhatTheServerHas(t *testing.T) {
 		t.Errorf("%v\n%s", err, diff)
 	}
 	tasks, err := c.Tasks(t.Context())
-	if diff := cmp.Diff(fixed{}.Tasks(), tasks); err != nil || diff != "" {
+	want, _ := fixed{}.Tasks()
+	if diff := cmp.Diff(want, tasks); err != nil || diff != "" {
 		t.Errorf("%v\n%s", err, diff)
 	}
 	if plugins, err := c.Plugins(t.Context()); err != nil || plugins == nil || len(plugins) != 0 {

@@ -88,7 +88,12 @@ func (s *Server) Run(ctx context.Context) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { s.answer(w, s.source.Status()) })
 	mux.HandleFunc("GET /v1/tasks", func(w http.ResponseWriter, _ *http.Request) {
-		s.answer(w, map[string]any{"tasks": orEmpty(s.source.Tasks())})
+		tasks, err := s.source.Tasks()
+		if err != nil {
+			s.refuse(w, http.StatusServiceUnavailable, err.Error())
+			return
+		}
+		s.answer(w, map[string]any{"tasks": orEmpty(tasks)})
 	})
 	mux.HandleFunc("GET /v1/plugins", func(w http.ResponseWriter, _ *http.Request) {
 		s.answer(w, map[string]any{"plugins": orEmpty(s.source.Plugins())})

@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/belay-edge/belay/agent"
+	"github.com/belay-edge/belay/agent/internal/config"
+	"github.com/belay-edge/belay/agent/internal/host"
+	"github.com/belay-edge/belay/agent/internal/identity"
+	"github.com/belay-edge/belay/agent/internal/link"
+	"github.com/belay-edge/belay/agent/internal/localapi"
+	"github.com/belay-edge/belay/agent/internal/system"
+	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// device is the running agent's parts, and what is told of them: facts to the
+// control plane, status to the local API.
+type device struct {
+	cfg       config.Config
+	id        identity.Identity
+	facts     system.Facts
+	log       *slog.Logger
+	startedAt time.Time
+
+	agent    *agent.Agent
+	link     *link.Link
+	runtimes *runtimes
+}
+
+// runtimes passes the host on to the agent and doubles its hints: the facts
+// want them too.
+type runtimes struct {
+	*host.Host
+	forAgent chan string
+	forFacts chan struct{}
+}
+
+func newRuntimes(h *host.Host) *runtimes {
+	return &runtimes{Host: h, forAgent: make(chan string, 64), forFacts: make(chan struct{}, 1)}
+}
+
+// Changes implements agent.Runtimes.
+func (r *runtimes) Changes() <-chan string { return r.forAgent }
+
+func (r *runtimes) run(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case name := <-r.Host.Changes():
+			select {
+			case r.forAgent <- name:
+			default: // hints: one that waits already says look again
+			}
+			select {
+			case r.forFacts <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// Plugins come up within moments of each other, and one that crashes again and
+// again must not cost traffic each time.
+const (
+	factsSettle   = 100 * time.Millisecond
+	factsInterval = 10 * time.Second
+)
+
+// keepFacts tells the control plane of changes of plugins.
+func (d *device) keepFacts(ctx context.Context) error {
+	last := d.told()
+	d.link.SetFacts(last)
+	// The first few changes are the start; from then on they are spaced.
+	for spare := 5; ; spare-- {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-d.runtimes.forFacts:
+		}
+		wait := factsSettle
+		if spare <= 0 {
+			wait = factsInterval
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		}
+		if now := d.told(); !proto.Equal(last, now) {
+			d.link.SetFacts(now)
+			last = now
+		}
+	}
+}
+
+// told is what the control plane is told of the device now.
+func (d *device) told() *wire.Facts {
+	f := describe(d.facts, d.cfg)
+	for _, s := range d.runtimes.Status() {
+		f.Plugins = append(f.Plugins, &wire.PluginInfo{
+			Name: s.Name, Version: s.Version, Kinds: kinds(s.Kinds), State: plainState(s.State),
+			LastError: s.Error, Checksum: s.SHA256, Restarts: uint32(max(s.Restarts, 0)), Networks: s.Networks,
+		})
+		for name, value := range s.Attributes {
+			if !strings.HasPrefix(name, "belay.") { // those are the agent's
+				f.Attributes[name] = value
+			}
+		}
+	}
+	return f
+}
+
+// plainState is the state in the words of the wire, which has no quarantine:
+// to the control plane a plugin that is down is down.
+func plainState(s host.State) string {
+	if s == host.Quarantined {
+		return string(host.Failed)
+	}
+	return string(s)
+}
+
+func kinds(list []sdk.Kind) []string {
+	var out []string
+	for _, k := range list {
+		out = append(out, string(k))
+	}
+	return out
+}
+
+// snapshotTime bounds how long the local API waits for the loop.
+const snapshotTime = 2 * time.Second
+
+func (d *device) snapshot() (agent.Snapshot, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), snapshotTime)
+	defer cancel()
+	return d.agent.Snapshot(ctx)
+}
+
+// Status implements localapi.Source.
+func (d *device) Status() localapi.Status {
+	l := d.link.Status()
+	s := localapi.Status{
+		Version: agentVersion(), Instance: d.id.ID, Cluster: d.id.Cluster,
+		PID: os.Getpid(), StartedAt: d.startedAt,
+		Link: localapi.Link{
+			Connected: l.State == link.StateConnected, Transport: l.Transport, Address: l.Address,
+			Since: l.Since.UTC(), LastError: l.LastError,
+		},
+		Tasks: map[string]int{}, Attributes: d.facts.Attributes, CPU: d.facts.CPU, MemoryMiB: d.facts.MemoryMiB,
+	}
+	snap, err := d.snapshot()
+	if err != nil {
+		s.Problems = append(s.Problems, "the task loop does not answer: "+err.Error())
+	}
+	for _, t := range snap.Tasks {
+		s.Tasks[t.Status.GetLastStatus()]++
+	}
+	s.Problems = append(s.Problems, snap.Problems...)
+	for _, p := range d.runtimes.Status() {
+		if p.State == host.Failed || p.State == host.Quarantined {
+			s.Problems = append(s.Problems, "plugin "+p.Name+" is "+string(p.State)+": "+p.Error)
+		}
+	}
+	return s
+}
+
+// Tasks implements localapi.Source.
+func (d *device) Tasks() ([]localapi.Task, error) {
+	snap, err := d.snapshot()
+	if err != nil {
+		return nil, fmt.Errorf("the task loop does not answer: %w", err)
+	}
+	var out []localapi.Task
+	for _, t := range snap.Tasks {
+		task := localapi.Task{
+			ID: t.ID, Family: t.Family, Revision: t.Revision, Runtime: t.Runtime,
+			LastStatus: t.Status.GetLastStatus(), DesiredStatus: t.Desired,
+			StopCode: t.Status.GetStopCode(), StoppedReason: t.Status.GetStoppedReason(), Note: t.Status.GetNote(),
+			Containers: []localapi.Container{},
+		}
+		for _, c := range t.Status.GetContainers() {
+			one := localapi.Container{
+				Name: c.GetName(), LastStatus: c.GetLastStatus(), Attempt: int(c.GetAttempt()), Reason: c.GetReason(),
+				RuntimeID: c.GetRuntimeId(), PID: int(c.GetPid()), Image: c.GetImage(), Digest: c.GetImageDigest(), Health: c.GetHealth(),
+			}
+			if c.ExitCode != nil {
+				code := int(c.GetExitCode())
+				one.ExitCode = &code
+			}
+			task.Containers = append(task.Containers, one)
+		}
+		out = append(out, task)
+	}
+	return out, nil
+}
+
+// Plugins implements localapi.Source.
+func (d *device) Plugins() []localapi.Plugin {
+	var out []localapi.Plugin
+	for _, p := range d.runtimes.Status() {
+		k := kinds(p.Kinds)
+		if k == nil {
+			k = []string{}
+		}
+		out = append(out, localapi.Plugin{
+			Name: p.Name, Version: p.Version, Kinds: k, State: string(p.State), LastError: p.Error,
+			PID: p.PID, Restarts: p.Restarts, Path: p.Path, Checksum: p.SHA256,
+		})
+	}
+	return out
+}

@@ -1,0 +1,212 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+
+	"github.com/belay-edge/belay/agent"
+	"github.com/belay-edge/belay/agent/internal/config"
+	"github.com/belay-edge/belay/agent/internal/host"
+	"github.com/belay-edge/belay/agent/internal/identity"
+	"github.com/belay-edge/belay/agent/internal/link"
+	"github.com/belay-edge/belay/agent/internal/localapi"
+	"github.com/belay-edge/belay/agent/internal/state"
+	"github.com/belay-edge/belay/agent/internal/system"
+	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/controlplane/wire/carrier"
+)
+
+// Shutdown: the loop ends its calls, then the plugins end. The unit's
+// TimeoutStopSec is longer than all of it.
+const (
+	loopStop  = 8 * time.Second
+	finalStop = 15 * time.Second
+)
+
+// forEver stands for "never give up" where a duration is asked for: it can
+// still be added to a time since boot.
+const forEver = 100 * 365 * 24 * time.Hour
+
+func runCommand(t terminal) *cobra.Command {
+	var o options
+	c := &cobra.Command{
+		Use:   "run",
+		Short: "Run the agent: keep this device's tasks running",
+		Long: `Run the agent: keep this device's tasks running.
+
+It ends on SIGTERM or Ctrl-C and leaves the tasks running; the next start
+takes them over. The device must be enrolled first.`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			cfg, err := o.load()
+			if err != nil {
+				return err
+			}
+			return runAgent(c.Context(), cfg, logger(cfg.Log, t.err))
+		},
+	}
+	o.addConfig(c.Flags())
+	o.addStateDir(c.Flags())
+	o.addRunDir(c.Flags())
+	o.addPlugins(c.Flags())
+	o.addTransport(c.Flags())
+	o.addLog(c.Flags())
+	return c
+}
+
+// runAgent puts the parts together and runs them until ctx ends.
+func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
+	id, err := identity.Load(cfg.StateDir)
+	if errors.Is(err, identity.ErrNotEnrolled) {
+		return fmt.Errorf("%w: %s holds no identity: make an activation with \"belay activation create\", then run: belay-agent enroll --state-dir %s --activation CODE",
+			err, cfg.StateDir, cfg.StateDir)
+	}
+	if err != nil {
+		return err
+	}
+	journal, saved, err := state.Open(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, journal.Close()) }()
+	clock, err := system.NewClock()
+	if err != nil {
+		return err
+	}
+	defer clock.Close()
+	facts, err := system.Read(ctx, "/", factOptions(cfg))
+	if err != nil {
+		return err
+	}
+	plugins, err := newHost(cfg, log)
+	if err != nil {
+		return err
+	}
+	d := &device{
+		cfg: cfg, id: id, facts: facts, log: log, startedAt: time.Now().UTC(),
+		runtimes: newRuntimes(plugins),
+	}
+	if d.link, err = newLink(d, clock); err != nil {
+		return err
+	}
+	d.agent, err = agent.New(agent.Config{
+		Runtimes: d.runtimes, Journal: journal, Saved: saved, Uplink: d.link,
+		Outputs: state.NewOutputs(cfg.StateDir), Volumes: state.NewVolumes(cfg.StateDir),
+		Clock: clock, Logger: log, InstanceID: id.ID,
+		PullGiveUp:       orElse(time.Duration(cfg.PullGiveUp), forEver),
+		KeepStopped:      orElse(time.Duration(cfg.KeepStopped), time.Nanosecond),
+		KeepStoppedTasks: cfg.KeepStoppedTasks,
+		ShutdownWait:     loopStop,
+	})
+	if err != nil {
+		return err
+	}
+	d.link.Attach(d.agent)
+	api, err := localapi.Listen(cfg.RunDir, d, log)
+	if err != nil {
+		return err
+	}
+	return d.run(ctx, api, plugins)
+}
+
+func orElse(d, zero time.Duration) time.Duration {
+	if d == 0 {
+		return zero
+	}
+	return d
+}
+
+func newHost(cfg config.Config, log *slog.Logger) (*host.Host, error) {
+	tables := map[string]json.RawMessage{}
+	for name := range cfg.Plugins {
+		table, err := cfg.PluginJSON(name)
+		if err != nil {
+			return nil, usageError{err}
+		}
+		tables[name] = table
+	}
+	h, err := host.New(host.Config{
+		Dir:      cfg.PluginDir,
+		StateDir: filepath.Join(cfg.StateDir, "plugins"),
+		RunDir:   filepath.Join(cfg.RunDir, "plugins"),
+		Plugins:  tables, Logger: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: name where the plugins are with --plugin-dir", err)
+	}
+	return h, nil
+}
+
+func newLink(d *device, clock *system.Clock) (*link.Link, error) {
+	key, err := carrier.ParseKey(d.id.Key)
+	if err != nil {
+		return nil, fmt.Errorf("the device's key is damaged: %w: restore it, or enrol again with --force", err)
+	}
+	pin, err := wire.ParsePin(d.id.Pin)
+	if err != nil {
+		return nil, fmt.Errorf("the device's identity is damaged: %w: enrol again with --force", err)
+	}
+	return link.New(link.Config{
+		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
+		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
+		Facts: d.told(), Clock: clock, Logger: d.log,
+		Remember: func(addresses []string) {
+			if err := identity.SetAddresses(d.cfg.StateDir, addresses); err != nil {
+				d.log.Warn("the control plane's new addresses are not remembered", "error", err)
+			}
+		},
+	})
+}
+
+// run runs the parts until ctx ends or one fails.
+func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Host) error {
+	g := newGroup(ctx)
+	// Plugins go last: the loop may still be ending its calls to them.
+	loopEnded := make(chan struct{})
+	g.start("task loop", func(ctx context.Context) error {
+		defer close(loopEnded)
+		return d.agent.Run(ctx)
+	})
+	g.start("plugins", func(ctx context.Context) error {
+		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		defer cancel()
+		go func() { <-loopEnded; cancel() }()
+		return plugins.Run(ctx)
+	})
+	g.start("tunnel", d.link.Run)
+	g.start("plugin changes", d.runtimes.run)
+	g.start("facts", d.keepFacts)
+	g.start("local API", api.Run)
+	g.start("watchdog", func(ctx context.Context) error { return d.beReady(ctx) })
+	<-g.ctx.Done()
+	notify(d.log, daemon.SdNotifyStopping)
+	d.log.Info("stopping; tasks keep running")
+	return g.wait(finalStop)
+}
+
+// beReady tells systemd once the loop answers, and from then on that it does.
+func (d *device) beReady(ctx context.Context) error {
+	alive := func(ctx context.Context) error {
+		_, err := d.agent.Snapshot(ctx)
+		return err
+	}
+	if err := alive(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	notify(d.log, daemon.SdNotifyReady)
+	d.log.Info("agent is running", "version", agentVersion(), "instance", d.id.ID, "cluster", d.id.Cluster,
+		"pid", os.Getpid(), "board", d.facts.Attributes["belay.board"])
+	return watchdog(ctx, d.log, alive)
+}
