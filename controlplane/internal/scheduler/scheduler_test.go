@@ -1,0 +1,110 @@
+package scheduler
+
+import (
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/belay-edge/belay/controlplane"
+)
+
+func candidate(id string, change func(*controlplane.Candidate)) controlplane.Candidate {
+	c := controlplane.Candidate{ID: id, Connected: true, Facts: controlplane.Facts{
+		Attributes: map[string]string{"belay.arch": "arm64"}, CPU: 4096, MemoryMiB: 1000,
+		Plugins: []controlplane.PluginInfo{{Name: "containerd", Kinds: []string{"runtime"}, State: "ready", Networks: []string{"bridge", "host"}}},
+	}}
+	if change != nil {
+		change(&c)
+	}
+	return c
+}
+
+var http = controlplane.PortKey{Protocol: "tcp", Port: 80}
+
+func TestPlaceRefusals(t *testing.T) {
+	demand := controlplane.Demand{CPU: 512, MemoryMiB: 600, Ports: []controlplane.PortKey{http}, Runtime: "containerd", Network: "bridge", Arch: "arm64"}
+	for _, c := range []struct {
+		name   string
+		change func(*controlplane.Candidate)
+		reason string // "": it fits
+		detail string
+	}{
+		{"fits", nil, "", ""},
+		{"not connected", func(c *controlplane.Candidate) { c.Connected = false }, "AGENT", "not connected"},
+		{"no such plugin", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Name = "podman" }, "RUNTIME", `no runtime plugin "containerd"`},
+		{"plugin of another kind", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Kinds = []string{"device"} }, "RUNTIME", "no runtime plugin"},
+		{"plugin not ready", func(c *controlplane.Candidate) {
+			c.Facts.Plugins[0].State, c.Facts.Plugins[0].LastError = "failed", "no socket"
+		}, "RUNTIME", "failed: no socket"},
+		{"network not done", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Networks = []string{"host"} }, "RUNTIME", `not "bridge"`},
+		{"another architecture", func(c *controlplane.Candidate) { c.Facts.Attributes["belay.arch"] = "amd64" }, "ATTRIBUTE", "it is amd64, the task is for arm64"},
+		{"CPU taken", func(c *controlplane.Candidate) { c.Used.CPU = 4000 }, "RESOURCE:CPU", "needs 512 CPU units, 96 of its 4096"},
+		{"memory taken", func(c *controlplane.Candidate) { c.Used.MemoryMiB = 500 }, "RESOURCE:MEMORY", "needs 600 MiB, 500 of its 1000"},
+		{"memory overcommitted before", func(c *controlplane.Candidate) { c.Used.MemoryMiB = 1500 }, "RESOURCE:MEMORY", "needs 600 MiB, 0 of its 1000"},
+		{"port taken", func(c *controlplane.Candidate) { c.Used.Ports = []controlplane.PortKey{http} }, "RESOURCE:PORTS", "80/tcp"},
+		{"port reserved", func(c *controlplane.Candidate) { c.Facts.ReservedPorts = []controlplane.PortKey{http} }, "RESOURCE:PORTS", "80/tcp"},
+		{"same port, other protocol", func(c *controlplane.Candidate) {
+			c.Used.Ports = []controlplane.PortKey{{Protocol: "udp", Port: 80}}
+		}, "", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, failures := Place(controlplane.Placement{Demand: demand, Count: 1, Candidates: []controlplane.Candidate{candidate("a", c.change)}}, rand.New(rand.NewPCG(1, 2)))
+			if c.reason == "" {
+				if diff := cmp.Diff([]string{"a"}, got); diff != "" || failures != nil {
+					t.Fatalf("%s %v", diff, failures)
+				}
+				return
+			}
+			if len(got) != 0 || len(failures) != 1 || failures[0].Reason != c.reason || failures[0].Instance != "a" || !strings.Contains(failures[0].Detail, c.detail) {
+				t.Errorf("placed on %v, failures %+v; want %s: %s", got, failures, c.reason, c.detail)
+			}
+		})
+	}
+}
+
+func TestPlaceMany(t *testing.T) {
+	demand := controlplane.Demand{MemoryMiB: 400, Runtime: "containerd"}
+	p := controlplane.Placement{Demand: demand, Count: 5, Candidates: []controlplane.Candidate{candidate("a", nil), candidate("b", nil)}}
+	got, failures := Place(p, rand.New(rand.NewPCG(1, 2)))
+	count := map[string]int{}
+	for _, id := range got {
+		count[id]++
+	}
+	// Two fit on each; of the fifth it is said for each why it does not.
+	if diff := cmp.Diff(map[string]int{"a": 2, "b": 2}, count); diff != "" {
+		t.Error(diff)
+	}
+	if len(failures) != 2 || failures[0].Reason != "RESOURCE:MEMORY" || failures[1].Reason != "RESOURCE:MEMORY" {
+		t.Errorf("failures %+v", failures)
+	}
+	if p.Candidates[0].Used.MemoryMiB != 0 {
+		t.Error("Place changed what it was given")
+	}
+}
+
+func TestPlaceIsRandomAndRepeatable(t *testing.T) {
+	p := controlplane.Placement{Demand: controlplane.Demand{Runtime: "containerd"}, Count: 1, Candidates: []controlplane.Candidate{candidate("a", nil), candidate("b", nil), candidate("c", nil)}}
+	count := map[string]int{}
+	for seed := range uint64(300) {
+		one, _ := Place(p, rand.New(rand.NewPCG(seed, 0)))
+		two, _ := Place(p, rand.New(rand.NewPCG(seed, 0)))
+		if diff := cmp.Diff(one, two); diff != "" {
+			t.Fatal(diff)
+		}
+		count[one[0]]++
+	}
+	for _, id := range []string{"a", "b", "c"} {
+		if count[id] < 60 {
+			t.Errorf("%s was chosen %d of 300 times", id, count[id])
+		}
+	}
+}
+
+func TestPlaceWithoutInstances(t *testing.T) {
+	_, failures := Place(controlplane.Placement{Count: 1}, nil)
+	if len(failures) != 1 || failures[0].Reason != controlplane.ReasonMissing {
+		t.Errorf("failures %+v", failures)
+	}
+}
