@@ -274,12 +274,14 @@ func (s *session) write(ctx context.Context) error {
 		pings    uint64
 		awaiting bool // the ping, not just any frame
 	)
-	arm := func(d time.Duration) {
+	// arm waits for an answer; before is what was heard before the question
+	// was written, since the answer may be here by now.
+	arm := func(d time.Duration, before int64) {
 		if timer != nil {
 			timer.Stop()
 		}
 		timer = time.NewTimer(d)
-		due, heard = timer.C, s.heard.Load()
+		due, heard = timer.C, before
 	}
 	defer func() {
 		if timer != nil {
@@ -290,12 +292,13 @@ func (s *session) write(ctx context.Context) error {
 		frames := s.news()
 		for {
 			if len(frames) > 0 {
+				before := s.heard.Load()
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 				if err := writeFrames(s.control, frames...); err != nil {
 					return ended(s.conn, err)
 				}
 				if due == nil {
-					arm(unanswered)
+					arm(unanswered, before)
 				}
 			}
 			if frames = s.news(); len(frames) == 0 {
@@ -321,11 +324,12 @@ func (s *session) write(ctx context.Context) error {
 			default:
 				pings++
 				awaiting = true
+				before := s.heard.Load()
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 				if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
 					return ended(s.conn, err)
 				}
-				arm(lost)
+				arm(lost, before)
 			}
 		}
 	}

@@ -21,6 +21,7 @@ func TestHubSpeaksTheTranscriptOfVersion1(t *testing.T) {
 	for _, transport := range transports {
 		for _, grease := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, grease %t", transport, grease), func(t *testing.T) {
+				t.Parallel()
 				tr := wiretest.Must(t, "v1-session")
 				d := newDevices()
 				r := newRig(t, d)
@@ -100,6 +101,7 @@ func TestRefusals(t *testing.T) {
 	for _, tt := range tests {
 		for _, transport := range transports {
 			t.Run(tt.name+" "+transport, func(t *testing.T) {
+				t.Parallel()
 				d := newDevices()
 				if tt.edit != nil {
 					tt.edit(d)
