@@ -271,6 +271,7 @@ func (s *session) write(ctx context.Context) error {
 		timer    *time.Timer
 		due      <-chan time.Time
 		heard    int64 // frames read when the oldest unanswered one was sent
+		last     int64 // and when the latest one was
 		pings    uint64
 		awaiting bool // the ping, not just any frame
 	)
@@ -292,13 +293,13 @@ func (s *session) write(ctx context.Context) error {
 		frames := s.news()
 		for {
 			if len(frames) > 0 {
-				before := s.heard.Load()
+				last = s.heard.Load()
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 				if err := writeFrames(s.control, frames...); err != nil {
 					return ended(s.conn, err)
 				}
 				if due == nil {
-					arm(unanswered, before)
+					arm(unanswered, last)
 				}
 			}
 			if frames = s.news(); len(frames) == 0 {
@@ -319,17 +320,21 @@ func (s *session) write(ctx context.Context) error {
 			switch {
 			case s.heard.Load() != heard:
 				awaiting = false
+				if s.heard.Load() == last {
+					// Something was sent since, and that is unanswered.
+					arm(unanswered, last)
+				}
 			case awaiting:
 				return fmt.Errorf("the control plane has not answered for %s", unanswered+lost)
 			default:
 				pings++
 				awaiting = true
-				before := s.heard.Load()
+				last = s.heard.Load()
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 				if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
 					return ended(s.conn, err)
 				}
-				arm(lost, before)
+				arm(lost, last)
 			}
 		}
 	}
