@@ -16,10 +16,12 @@ import (
 
 const (
 	instanceA = "a0000000000000000000000000000001"
+	instanceS = "a0000000000000000000000000000002" // a slow one
 	taskB     = "b0000000000000000000000000000001"
 )
 
-// devices is a control plane's domain in memory, for one instance.
+// devices is a control plane's domain in memory, for two instances with the
+// same tasks.
 type devices struct {
 	mu       sync.Mutex
 	changed  chan struct{} // closed and replaced at every change
@@ -67,7 +69,7 @@ func (d *devices) Authenticate(_ context.Context, instance, key string) (control
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	switch {
-	case instance != instanceA:
+	case instance != instanceA && instance != instanceS:
 		return controlplane.Instance{}, controlplane.Errorf(controlplane.NotFound, "no instance %s", instance)
 	case d.denied:
 		return controlplane.Instance{}, controlplane.Errorf(controlplane.Denied, "instance %s was deregistered", instance)

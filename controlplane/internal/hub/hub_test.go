@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -21,6 +22,7 @@ func TestHubSpeaksTheTranscriptOfVersion1(t *testing.T) {
 	for _, transport := range transports {
 		for _, grease := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, grease %t", transport, grease), func(t *testing.T) {
+				t.Parallel()
 				tr := wiretest.Must(t, "v1-session")
 				d := newDevices()
 				r := newRig(t, d)
@@ -100,6 +102,7 @@ func TestRefusals(t *testing.T) {
 	for _, tt := range tests {
 		for _, transport := range transports {
 			t.Run(tt.name+" "+transport, func(t *testing.T) {
+				t.Parallel()
 				d := newDevices()
 				if tt.edit != nil {
 					tt.edit(d)
@@ -275,6 +278,38 @@ func TestHostilePeersCostTheirOwnSession(t *testing.T) {
 		}
 		_ = p.ExpectEnd()
 	})
+}
+
+// A device that takes nothing fills its own queue and no other's, and can
+// still be sent away.
+func TestSlowDeviceDelaysNobody(t *testing.T) {
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) {
+			d := newDevices()
+			r := newRig(t, d)
+			slow := r.agent(transport, wire.ProtocolTunnel)
+			slow.Send(open(wire.StreamType_STREAM_TYPE_CONTROL))
+			slow.Send(hello(instanceS, "s", 0))
+			until(t, "the slow one is there", func() bool { _, ok := r.hub.Session(instanceS); return ok })
+			good := r.connect(transport, "good", 0)
+			good.Expect("end_of_set")
+			big := &wire.TaskSpec{Family: strings.Repeat("x", 1<<20)}
+			for i := range uint64(30) {
+				d.assign(&wire.Assignment{Sequence: i + 1, TaskId: taskB, Spec: big})
+				for good.Expect("assignment").GetAssignment().Sequence != i+1 {
+					good.Expect("end_of_set")
+				}
+				good.Expect("end_of_set")
+			}
+			r.hub.Disconnect(instanceS, wire.CodeDenied, "deregistered")
+			if _, ok := r.hub.Session(instanceS); ok {
+				t.Error("the slow one still has a session")
+			}
+			_ = slow.ExpectEnd()
+			good.Send(&wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: 1}}})
+			good.Expect("pong")
+		})
+	}
 }
 
 func TestShutdownTellsDevicesToComeBack(t *testing.T) {
