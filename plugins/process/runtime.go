@@ -154,6 +154,9 @@ func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.Star
 		return sdk.Container{}, err
 	}
 	r.watchFor(a, o)
+	if o.phase == phaseExited {
+		r.watch.publish(a.Attempt)
+	}
 	return r.container(a, o), nil
 }
 
@@ -194,16 +197,16 @@ func (r *Runtime) launch(ctx context.Context, a *attempt) (observation, error) {
 	}
 }
 
-// settle observes until no stage is between its first step and execve.
+// settle observes until no supervisor is on its way to execve: a started
+// record is only half of it while the stage still holds its file.
 func (r *Runtime) settle(ctx context.Context, a *attempt) (observation, error) {
 	for wait := time.Millisecond; ; wait = min(2*wait, 20*time.Millisecond) {
 		o, err := r.observe(ctx, a)
-		if err != nil {
+		switch {
+		case err != nil || o.phase == phaseIdle:
 			return o, err
-		}
-		if o.phase != phaseStarting && !a.staging() {
-			// Once more: execve may have failed between the two looks.
-			return r.observe(ctx, a)
+		case o.phase != phaseStarting && !a.staging():
+			return r.observe(ctx, a) // execve may have failed between the looks
 		}
 		if err := pause(ctx, wait); err != nil {
 			return o, err
@@ -312,7 +315,10 @@ func (r *Runtime) Remove(ctx context.Context, id sdk.Attempt) error {
 	defer unlock()
 	known, err := a.known()
 	if err != nil {
-		return sortOut(op, err)
+		// Damaged, listed as exited: whatever it was, it is told to go.
+		r.log.Warn("removing an attempt whose record is damaged", "attempt", a.String(), "error", err)
+		_ = r.own.discard(ctx, a)
+		return sortOut(op, a.forget())
 	}
 	if !known {
 		return sortOut(op, a.forget())
