@@ -141,6 +141,31 @@ func (r *rig) exited(a sdk.Attempt) sdk.Container {
 	return c
 }
 
+// listen subscribes to hints; the function it returns waits for one about a,
+// after which the plugin has written all it had to about a's exit.
+func (r *rig) listen() (hint func(a sdk.Attempt)) {
+	hints := make(chan sdk.Attempt, 64)
+	ctx, cancel := context.WithCancel(r.Context())
+	r.Cleanup(cancel)
+	go r.Events(ctx, func(a sdk.Attempt) { hints <- a })
+	// Give Events time to subscribe: hints before it are lost by contract.
+	<-time.After(100 * time.Millisecond)
+	return func(a sdk.Attempt) {
+		r.Helper()
+		late := time.After(10 * time.Second)
+		for {
+			select {
+			case got := <-hints:
+				if got == a {
+					return
+				}
+			case <-late:
+				r.Fatalf("no hint at the exit of %s", a)
+			}
+		}
+	}
+}
+
 func (r *rig) output(req sdk.StartRequest) string {
 	r.Helper()
 	raw, err := os.ReadFile(req.Stdout)
@@ -190,13 +215,11 @@ func TestKilledSupervisorLeavesTheProgramRunning(t *testing.T) {
 	if got := r.start(req); got.PID != c.PID {
 		t.Fatalf("Start made a second process %d, want %d", got.PID, c.PID)
 	}
-	hints := make(chan sdk.Attempt, 8)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	go r.Events(ctx, func(a sdk.Attempt) { hints <- a })
+	hint := r.listen()
 	if err := syscall.Kill(c.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
+	hint(req.Attempt)
 	got := r.exited(req.Attempt)
 	if got.ExitCode != nil || !strings.Contains(got.Reason, "supervisor was killed") {
 		t.Errorf("exit is %s (%q), want unknown because of the supervisor", code(got), got.Reason)
@@ -292,6 +315,7 @@ func TestStartAfterAFailedStart(t *testing.T) {
 
 func TestRecordsOfAnotherBoot(t *testing.T) {
 	bothModes(t, func(r *rig) {
+		hint := r.listen()
 		req := r.request("main", "sleep 600")
 		c := r.start(req)
 		dir := r.attemptDir(req.Attempt)
@@ -308,6 +332,7 @@ func TestRecordsOfAnotherBoot(t *testing.T) {
 			r.Fatal(err)
 		}
 		// As it would lie there after a power cut and a boot.
+		hint(req.Attempt)
 		old := strings.Replace(string(meta), record.BootID(), elsewhere.Boot, 1)
 		for name, data := range map[string][]byte{record.MetaFile: []byte(old), record.StartedFile: elsewhere.Encode()} {
 			if err := record.WriteFile(dir, name, data); err != nil {
@@ -349,9 +374,11 @@ func TestReusedPIDIsNotTheProgram(t *testing.T) {
 
 func TestNeverStartedIsCreatedAndStarts(t *testing.T) {
 	bothModes(t, func(r *rig) {
+		hint := r.listen()
 		req := r.request("main", "exit 6")
 		r.start(req)
 		r.exited(req.Attempt)
+		hint(req.Attempt)
 		for _, name := range []string{record.StartedFile, record.ExitFile, record.FailedFile} {
 			if err := os.Remove(filepath.Join(r.attemptDir(req.Attempt), name)); err != nil {
 				r.Fatal(err)
@@ -521,28 +548,19 @@ func TestExitIsHintedAtWithin100Milliseconds(t *testing.T) {
 		req := r.request("main", "while :; do sleep 0.1; done")
 		c := r.start(req)
 		r.relaunch() // it need not be the process that started it
-		hints := make(chan sdk.Attempt, 8)
-		ctx, cancel := context.WithCancel(r.Context())
-		defer cancel()
-		go r.Events(ctx, func(a sdk.Attempt) { hints <- a })
-		// Give Events time to subscribe: hints before it are lost by contract.
-		<-time.After(100 * time.Millisecond)
+		hint := r.listen()
 		begun := time.Now()
 		if err := syscall.Kill(c.PID, syscall.SIGKILL); err != nil {
 			r.Fatal(err)
 		}
-		select {
-		case a := <-hints:
-			took := time.Since(begun)
-			r.Logf("hinted at after %s", took)
-			if got := r.find(req.Attempt); a != req.Attempt || code(got) != "137" {
-				r.Errorf("hint for %s, exit %s; want %s and 137", a, code(got), req.Attempt)
-			}
-			if took > time.Second { // 100 ms on a machine that is not shared
-				r.Errorf("it took %s", took)
-			}
-		case <-time.After(10 * time.Second):
-			r.Error("no hint")
+		hint(req.Attempt)
+		took := time.Since(begun)
+		r.Logf("hinted at after %s", took)
+		if got := r.find(req.Attempt); code(got) != "137" {
+			r.Errorf("exit is %s, want 137", code(got))
+		}
+		if took > time.Second { // 100 ms on a machine that is not shared
+			r.Errorf("it took %s", took)
 		}
 	})
 }

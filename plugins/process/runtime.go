@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -146,7 +147,7 @@ func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.Star
 		if step, errno, failed := a.failed(); failed {
 			err = startError(op, fields[0].Value, req.Spec.WorkingDir, step, errno)
 		} else if o.phase == phaseIdle {
-			err = sdk.Errorf(sdk.Internal, op, "its supervisor ended before it started the program")
+			err = r.unexplained(op, a)
 		}
 	}
 	if err != nil {
@@ -158,6 +159,15 @@ func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.Star
 		r.watch.publish(a.Attempt)
 	}
 	return r.container(a, o), nil
+}
+
+// unexplained is why nothing came of a launch that left no word: most likely
+// there was no room for one.
+func (r *Runtime) unexplained(op string, a *attempt) error {
+	if err := record.WriteFile(a.dir, "probe", []byte("is there room?")); err != nil {
+		return fmt.Errorf("record the start in %s: %w", a.dir, err)
+	}
+	return sdk.Errorf(sdk.Internal, op, "its supervisor ended before it started the program")
 }
 
 // launch starts the attempt and waits until the program runs or cannot.
