@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -146,7 +147,7 @@ func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.Star
 		if step, errno, failed := a.failed(); failed {
 			err = startError(op, fields[0].Value, req.Spec.WorkingDir, step, errno)
 		} else if o.phase == phaseIdle {
-			err = sdk.Errorf(sdk.Internal, op, "its supervisor ended before it started the program")
+			err = r.unexplained(op, a)
 		}
 	}
 	if err != nil {
@@ -154,7 +155,19 @@ func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.Star
 		return sdk.Container{}, err
 	}
 	r.watchFor(a, o)
+	if o.phase == phaseExited {
+		r.watch.publish(a.Attempt)
+	}
 	return r.container(a, o), nil
+}
+
+// unexplained is why nothing came of a launch that left no word: most likely
+// there was no room for one.
+func (r *Runtime) unexplained(op string, a *attempt) error {
+	if err := record.WriteFile(a.dir, "probe", []byte("is there room?")); err != nil {
+		return fmt.Errorf("record the start in %s: %w", a.dir, err)
+	}
+	return sdk.Errorf(sdk.Internal, op, "its supervisor ended before it started the program")
 }
 
 // launch starts the attempt and waits until the program runs or cannot.
@@ -194,16 +207,16 @@ func (r *Runtime) launch(ctx context.Context, a *attempt) (observation, error) {
 	}
 }
 
-// settle observes until no stage is between its first step and execve.
+// settle observes until no supervisor is on its way to execve: a started
+// record is only half of it while the stage still holds its file.
 func (r *Runtime) settle(ctx context.Context, a *attempt) (observation, error) {
 	for wait := time.Millisecond; ; wait = min(2*wait, 20*time.Millisecond) {
 		o, err := r.observe(ctx, a)
-		if err != nil {
+		switch {
+		case err != nil || o.phase == phaseIdle:
 			return o, err
-		}
-		if o.phase != phaseStarting && !a.staging() {
-			// Once more: execve may have failed between the two looks.
-			return r.observe(ctx, a)
+		case o.phase != phaseStarting && !a.staging():
+			return r.observe(ctx, a) // execve may have failed between the looks
 		}
 		if err := pause(ctx, wait); err != nil {
 			return o, err
@@ -312,7 +325,10 @@ func (r *Runtime) Remove(ctx context.Context, id sdk.Attempt) error {
 	defer unlock()
 	known, err := a.known()
 	if err != nil {
-		return sortOut(op, err)
+		// Damaged, listed as exited: whatever it was, it is told to go.
+		r.log.Warn("removing an attempt whose record is damaged", "attempt", a.String(), "error", err)
+		_ = r.own.discard(ctx, a)
+		return sortOut(op, a.forget())
 	}
 	if !known {
 		return sortOut(op, a.forget())

@@ -26,15 +26,27 @@ func (r *Runtime) Stats(ctx context.Context, id sdk.Attempt) (sdk.Stats, error) 
 	if o.phase != phaseRunning {
 		return sdk.Stats{}, sdk.Errorf(sdk.NotFound, op, "it is not running")
 	}
-	if a.meta.Mode == ModeSystemd || r.cgroups != nil {
-		g := r.own.group(a)
-		if a.meta.Mode == ModeSystemd {
-			g = cgroupsOf(o.pid)
-		}
-		return measureGroup(g), nil
+	g := r.own.group(a)
+	if a.meta.Mode == ModeSystemd {
+		g = unitGroup(o.pid, a.meta.Unit)
 	}
-	s, err := measureSession(o.pid)
-	return s, sortOut(op, err)
+	s := measureGroup(g)
+	if s.CPUNanos > 0 && s.MemoryBytes > 0 && s.Pids > 0 {
+		return s, nil
+	}
+	// No cgroup, or not all of its controllers.
+	walked, err := measureSession(o.pid)
+	if err != nil {
+		return s, sortOut(op, err)
+	}
+	for _, f := range []struct{ from, to *uint64 }{
+		{&walked.CPUNanos, &s.CPUNanos}, {&walked.MemoryBytes, &s.MemoryBytes}, {&walked.Pids, &s.Pids},
+	} {
+		if *f.to == 0 {
+			*f.to = *f.from
+		}
+	}
+	return s, nil
 }
 
 func measureGroup(g cgroup) sdk.Stats {
@@ -120,8 +132,9 @@ func measureSession(program int) (sdk.Stats, error) {
 	return s, nil
 }
 
-// cgroupsOf finds the directories of the cgroup a process is in.
-func cgroupsOf(pid int) cgroup {
+// unitGroup finds the directories systemd made for a unit that pid is in. In
+// hierarchies it does not manage, the process is in somebody else's cgroup.
+func unitGroup(pid int, unit string) cgroup {
 	groups, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
 	if err != nil {
 		return nil
@@ -142,7 +155,7 @@ func cgroupsOf(pid int) cgroup {
 				in = in || !h.v2 && slices.Contains(h.controllers, c)
 			}
 			path := filepath.Join(h.mount, f[2])
-			if !in || !isDir(path) || slices.ContainsFunc(g, func(d cgroupDir) bool { return d.path == path }) {
+			if !in || filepath.Base(path) != unit || !isDir(path) || slices.ContainsFunc(g, func(d cgroupDir) bool { return d.path == path }) {
 				continue
 			}
 			if h.v2 {

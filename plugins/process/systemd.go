@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -301,12 +300,8 @@ func (s *systemdSupervisor) signal(ctx context.Context, a *attempt, sig syscall.
 	return nil
 }
 
-func (s *systemdSupervisor) joins(_ *attempt, program int) []string {
-	var files []string
-	for _, d := range cgroupsOf(program) {
-		files = append(files, filepath.Join(d.path, "cgroup.procs"))
-	}
-	return files
+func (s *systemdSupervisor) joins(a *attempt, program int) []string {
+	return unitGroup(program, a.meta.Unit).joins()
 }
 
 func (s *systemdSupervisor) discard(ctx context.Context, a *attempt) error {

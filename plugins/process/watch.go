@@ -26,6 +26,7 @@ type watcher struct {
 	wake    int // eventfd, -1 when there is none: then polling is all there is
 	running bool
 
+	resolving   map[sdk.Attempt]bool // fired is at it
 	subscribers map[*subscriber]struct{}
 }
 
@@ -37,7 +38,7 @@ type target struct {
 }
 
 func newWatcher(fired func(sdk.Attempt)) *watcher {
-	w := &watcher{fired: fired, targets: map[sdk.Attempt]*target{}, subscribers: map[*subscriber]struct{}{}}
+	w := &watcher{fired: fired, targets: map[sdk.Attempt]*target{}, resolving: map[sdk.Attempt]bool{}, subscribers: map[*subscriber]struct{}{}}
 	var err error
 	if w.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		w.wake = -1
@@ -131,11 +132,25 @@ func (w *watcher) loop() {
 			if (ready || t.fd < 0) && t.over(ready) {
 				t.close()
 				delete(w.targets, a)
-				go w.fired(a)
+				w.fire(a)
 			}
 		}
 		w.mu.Unlock()
 	}
+}
+
+// fire calls fired once at a time for an attempt. w.mu is held.
+func (w *watcher) fire(a sdk.Attempt) {
+	if w.resolving[a] {
+		return
+	}
+	w.resolving[a] = true
+	go func() {
+		w.fired(a)
+		w.mu.Lock()
+		delete(w.resolving, a)
+		w.mu.Unlock()
+	}()
 }
 
 // subscriber is one Events call: the attempts it has not been told about.
@@ -186,10 +201,17 @@ func (r *Runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
 	}
 }
 
-// watchFor keeps an eye on an attempt that runs.
+// watchFor keeps an eye on an attempt that runs, or that has just ended and
+// whose exit is not on record yet.
 func (r *Runtime) watchFor(a *attempt, o observation) {
-	if o.phase == phaseRunning && o.watch != 0 {
+	switch {
+	case o.phase != phaseRunning:
+	case o.watch != 0:
 		r.watch.add(a.Attempt, o.watch)
+	default:
+		r.watch.mu.Lock()
+		r.watch.fire(a.Attempt)
+		r.watch.mu.Unlock()
 	}
 }
 

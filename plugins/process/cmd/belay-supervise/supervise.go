@@ -15,6 +15,7 @@ const (
 	sigSetBytes         = 8
 	sigIgnore           = 1
 	lastSignal          = 64
+	fullDiskRetries     = 24 * 3600 // one a second
 )
 
 // leanRuntime keeps the Go runtime of a process that only waits small.
@@ -70,8 +71,16 @@ func supervise(dir string) int {
 	}
 	raw, fields = nil, keep(fields, record.Kill, record.OOM)
 	status := waitFor(pid)
-	writeExit(dir, exitOf(status, fields))
+	e := exitOf(status, fields)
+	recorded := writeExit(dir, e)
 	killLeftovers(fields)
+	// On a full disk, space may come back: until then the attempt counts as
+	// running, which is better than a lost code. A program that never ran has
+	// none to lose.
+	for n := 0; !recorded && n < fullDiskRetries && exists(dir+"/"+record.StartedFile); n++ {
+		sleep(1000)
+		recorded = writeExit(dir, e)
+	}
 	return 0
 }
 
@@ -115,16 +124,10 @@ func exitOf(ws syscall.WaitStatus, fields []record.Field) record.Exit {
 	return e
 }
 
-// writeExit tries for a long time: on a full disk, space may come back, and
-// until then the attempt counts as running, which is better than a lost code.
-func writeExit(dir string, e record.Exit) {
-	for range 3600 {
-		err := record.WriteFile(dir, record.ExitFile, e.Encode())
-		if err == nil || err == syscall.ENOENT {
-			return
-		}
-		sleep(1000)
-	}
+// writeExit says whether the exit is on record or there is no place for it.
+func writeExit(dir string, e record.Exit) bool {
+	err := record.WriteFile(dir, record.ExitFile, e.Encode())
+	return err == nil || err == syscall.ENOENT
 }
 
 // killLeftovers ends what the program left in its cgroup, and every orphan of

@@ -135,10 +135,14 @@ func lineValue(b []byte, key string) string {
 }
 
 // WriteFile replaces dir/name so that after a power cut the file is either
-// whole or not there at all. One process writes a name at a time.
+// whole or not there at all.
 func WriteFile(dir, name string, data []byte) error {
-	tmp := dir + "/." + name + "." + strconv.Itoa(syscall.Getpid())
-	fd, err := open(tmp, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_TRUNC)
+	var tmp string
+	fd, err := -1, error(syscall.EEXIST)
+	for n := 0; err == syscall.EEXIST; n++ { // others may write the same name now
+		tmp = dir + "/." + name + "." + strconv.Itoa(syscall.Getpid()) + "." + strconv.Itoa(n)
+		fd, err = open(tmp, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL)
+	}
 	if err != nil {
 		return err
 	}
