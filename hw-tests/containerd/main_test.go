@@ -6,8 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -29,8 +30,20 @@ var shared struct {
 	registry *rig.Registry
 }
 
+// bridgeName is this test process's own bridge: others may run beside it.
+var (
+	bridgeName   = fmt.Sprintf("blyt%d", os.Getpid()%100000)
+	bridgeSubnet = fmt.Sprintf("10.231.%d.0/24", os.Getpid()%250)
+)
+
 func TestMain(m *testing.M) {
 	code := m.Run()
+	if _, err := net.InterfaceByName(bridgeName); err == nil {
+		if out, err := exec.Command("ip", "link", "del", bridgeName).CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "delete bridge: %v: %s\n", err, out)
+		}
+		_ = os.RemoveAll(filepath.Join("/run/belay-cni", bridgeName))
+	}
 	if shared.ctd != nil {
 		if err := shared.ctd.Close(); err != nil {
 			fmt.Fprintln(os.Stderr, "close containerd:", err)
@@ -100,7 +113,7 @@ func newWorldWith(t *testing.T, extra string) *world {
 		t.Fatal(err)
 	}
 	w := &world{t: t, ctd: ctd, reg: reg, state: filepath.Join(dir, "state"), run: filepath.Join(dir, "run")}
-	w.json = fmt.Sprintf(`{"address":%q,"bridge":{"name":"blyt%d","subnet":"10.231.%d.0/24"}%s}`, ctd.Address, os.Getpid()%10000, os.Getpid()%250, extra)
+	w.json = fmt.Sprintf(`{"address":%q,"bridge":{"name":%q,"subnet":%q}%s}`, ctd.Address, bridgeName, bridgeSubnet, extra)
 	for _, d := range []string{w.state, w.run} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			t.Fatal(err)
@@ -120,7 +133,7 @@ func newWorldWith(t *testing.T, extra string) *world {
 // restart is what a new process of the plugin is: one that knows nothing.
 func (w *world) restart() {
 	w.t.Helper()
-	p := plugin.New("test", slog.New(slog.NewTextHandler(w.t.Output(), nil)))
+	p := plugin.New("test")
 	if err := p.Configure(w.ctx(), sdk.Config{StateDir: w.state, RunDir: w.run, JSON: []byte(w.json)}); err != nil {
 		w.t.Fatal(err)
 	}

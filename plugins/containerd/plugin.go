@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/log"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -27,14 +28,17 @@ type Plugin struct {
 	rt      Runtime
 }
 
+// Name is what task definitions and operators call this plugin.
+const Name = "containerd"
+
 // New makes a plugin that calls itself by this version.
-func New(version string, log *slog.Logger) *Plugin {
-	return &Plugin{version: version, rt: Runtime{log: log, attempts: map[string]sdk.Attempt{}}}
+func New(version string) *Plugin {
+	return &Plugin{version: version, rt: Runtime{attempts: map[string]sdk.Attempt{}}}
 }
 
 // Info implements sdk.Plugin.
 func (p *Plugin) Info() sdk.Info {
-	return sdk.Info{Name: "containerd", Version: p.version, Kinds: []sdk.Kind{sdk.KindRuntime}}
+	return sdk.Info{Name: Name, Version: p.version, Kinds: []sdk.Kind{sdk.KindRuntime}}
 }
 
 // Runtime implements sdk.RuntimePlugin.
@@ -71,6 +75,9 @@ func (r *Runtime) configure(c sdk.Config) error {
 		return err
 	}
 	r.cfg, r.stateDir, r.runDir = cfg, c.StateDir, c.RunDir
+	r.log = slog.Default()
+	// containerd's libraries narrate every request on a logger of their own.
+	_ = log.SetLevel("error")
 	sum := sha256.Sum256([]byte(filepath.Clean(c.StateDir)))
 	r.owner = hex.EncodeToString(sum[:8])
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")

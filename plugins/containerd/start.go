@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -32,21 +34,46 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 	}
 	defer unlock()
 	// An earlier process of this plugin may have died in the middle of the
-	// same Start, and containerd may still be at what that one asked for.
-	for tries := 0; ; tries++ {
+	// same Start, and containerd may still be at what that one asked for: it
+	// gives up on its own, and until it has, the name is not free.
+	interrupted := false
+	for deadline := time.Now().Add(settleTime); ; {
 		c, err := r.adoptOrCreate(ctx, q)
-		if err == nil {
+		switch {
+		case err == nil:
 			return c, nil
-		}
-		var known *sdk.Error
-		if errors.As(err, &known) || !(errdefs.IsAlreadyExists(err) || errors.Is(err, errHalfMade)) || tries == 3 {
+		case errors.Is(err, errHalfMade) && time.Now().Before(deadline):
+			interrupted = true
+			r.log.Info("clearing away what an interrupted start left", "container", containerID(q.Attempt))
+			continue
+		case (interrupted || errdefs.IsAlreadyExists(err)) && unsettled(err) && time.Now().Before(deadline):
+			interrupted = true
+		default:
 			return sdk.Container{}, r.fail(op, err)
 		}
-		r.log.Info("clearing away what an interrupted start left", "container", containerID(q.Attempt), "reason", err)
+		select {
+		case <-ctx.Done():
+			return sdk.Container{}, r.fail(op, context.Cause(ctx))
+		case <-time.After(50 * time.Millisecond):
+		}
 	}
 }
 
+// settleTime is how long containerd gets to end an abandoned start.
+const settleTime = 15 * time.Second
+
 var errHalfMade = errors.New("half made by an interrupted start")
+
+// unsettled tells whether a start failed because an abandoned one of the same
+// name is still being undone.
+func unsettled(err error) bool {
+	var known *sdk.Error
+	if errors.As(err, &known) {
+		return false
+	}
+	return errdefs.IsAlreadyExists(err) || errdefs.IsNotFound(err) || strings.Contains(err.Error(), "file exists") ||
+		strings.Contains(err.Error(), "failed to start shim") || strings.Contains(err.Error(), "ttrpc: closed")
+}
 
 func (r *Runtime) adoptOrCreate(ctx context.Context, q sdk.StartRequest) (sdk.Container, error) {
 	h, err := r.find(ctx, q.Attempt)
