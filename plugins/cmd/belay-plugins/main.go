@@ -9,11 +9,13 @@ package main
 import (
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"github.com/belay-edge/belay/plugins/containerd"
 	"github.com/belay-edge/belay/plugins/process"
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/serve"
@@ -29,6 +31,7 @@ type entry struct {
 }
 
 var plugins = []entry{
+	{"containerd", func(v string) sdk.Plugin { return containerd.New(v, slog.Default()) }},
 	{process.Name, func(v string) sdk.Plugin { return process.New(v) }},
 }
 
