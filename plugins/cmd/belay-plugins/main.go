@@ -9,7 +9,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +30,7 @@ type entry struct {
 }
 
 var plugins = []entry{
-	{"containerd", func(v string) sdk.Plugin { return containerd.New(v, slog.Default()) }},
+	{"containerd", func(v string) sdk.Plugin { return containerd.New(v) }},
 	{process.Name, func(v string) sdk.Plugin { return process.New(v) }},
 }
 
