@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	goruntime "runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -417,6 +418,45 @@ func TestOutputIsLogged(t *testing.T) {
 	}
 	if strings.Contains(log.String(), "msg=config") {
 		t.Errorf("debug lines are logged at another level:\n%s", log.String())
+	}
+}
+
+// An agent launches for years: nothing of a process that is gone may stay.
+func TestLaunchesLeakNothing(t *testing.T) {
+	count := func() (goroutines, files int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return goruntime.NumGoroutine(), len(fds)
+	}
+	once := func() {
+		p := launch(t, "good")
+		p.Close(t.Context())
+		p = launch(t, "good")
+		p.Kill()
+		for _, mode := range []string{"exits", "babbles", "version99"} {
+			if _, err := host.Launch(t.Context(), options(t, mode)); err == nil {
+				t.Fatalf("%s: no error", mode)
+			}
+		}
+	}
+	once()
+	goroutines, files := count()
+	for range 3 {
+		once()
+	}
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		g, f := count()
+		if g <= goroutines && f <= files {
+			return
+		}
+		if time.Now().After(deadline) {
+			buf := make([]byte, 64<<10)
+			t.Fatalf("%d goroutines and %d files, were %d and %d\n%s", g, f, goroutines, files, buf[:goruntime.Stack(buf, true)])
+		}
+		<-time.After(20 * time.Millisecond)
 	}
 }
 
