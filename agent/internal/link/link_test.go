@@ -190,9 +190,9 @@ func TestRequestsThatEndEarly(t *testing.T) {
 			control := wiretest.NewControlPlane(t)
 			gone := make(chan struct{})
 			d := &downlink{}
-			d.logs = func(context.Context, *wire.LogsRequest, func(string, []byte) error) error {
+			d.setLogs(func(context.Context, *wire.LogsRequest, func(string, []byte) error) error {
 				return sdk.Errorf(sdk.NotFound, "read logs", "no such task")
-			}
+			})
 			start(t, config(t, control, transport), d)
 			p := register(t, control)
 			request(p, logs)
@@ -210,14 +210,14 @@ func TestRequestsThatEndEarly(t *testing.T) {
 			if _, err := p.Control.Read(make([]byte, 1)); err == nil {
 				t.Error("an answer to a stream of unknown type")
 			}
-			d.logs = func(ctx context.Context, _ *wire.LogsRequest, chunk func(string, []byte) error) error {
+			d.setLogs(func(ctx context.Context, _ *wire.LogsRequest, chunk func(string, []byte) error) error {
 				defer close(gone)
 				if err := chunk("stdout", []byte("x")); err != nil {
 					return err
 				}
 				<-ctx.Done()
 				return ctx.Err()
-			}
+			})
 			request(p, logs)
 			p.Expect("chunk")
 			_ = p.Control.Close()
