@@ -72,6 +72,28 @@ func TestLinkSpeaksTheTranscriptOfVersion1(t *testing.T) {
 	}
 }
 
+func TestLinkResumesByTheTranscriptOfVersion1(t *testing.T) {
+	tr := wiretest.Must(t, "v1-resume")
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) {
+			control := wiretest.NewControlPlane(t)
+			hello := tr.Steps[1].Frame.GetHello()
+			cfg := config(t, control, transport)
+			cfg.AgentVersion, cfg.HashedMachineID, cfg.Facts = hello.AgentVersion, hello.HashedMachineId, hello.Facts
+			start(t, cfg, &downlink{incarnation: hello.Incarnation, sequence: hello.Sequence})
+			p := control.Next(t)
+			p.Play(tr, wiretest.Control, nil)
+			_ = p.ExpectEnd()
+			// It is back soon after the time it was asked to wait.
+			p = control.Next(t)
+			p.Expect("open")
+			if h := p.Expect("hello").GetHello(); h.Sequence != 8 || h.AgentNonce != "nonce-1" {
+				t.Errorf("hello %v", h)
+			}
+		})
+	}
+}
+
 // register plays the control plane's part up to a session that is up.
 func register(t *testing.T, control *wiretest.ControlPlane) *wiretest.Peer {
 	t.Helper()

@@ -67,6 +67,27 @@ func TestHubSpeaksTheTranscriptOfVersion1(t *testing.T) {
 	}
 }
 
+func TestHubResumesByTheTranscriptOfVersion1(t *testing.T) {
+	tr := wiretest.Must(t, "v1-resume")
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) {
+			d := newDevices()
+			d.assign(&wire.Assignment{Sequence: 7, TaskId: taskB, Desired: "RUNNING"})
+			for _, s := range tr.Steps {
+				if a := s.Frame.GetAssignment(); a != nil {
+					d.assign(a)
+				}
+			}
+			r := newRig(t, d)
+			r.agent(transport, wire.ProtocolTunnel).Play(tr, wiretest.Agent, func(f *wire.Frame) {
+				if f.GetGoodbye() != nil {
+					r.stop()
+				}
+			})
+		})
+	}
+}
+
 func TestHubEnrolsByTheTranscriptOfVersion1(t *testing.T) {
 	for _, transport := range transports {
 		t.Run(transport, func(t *testing.T) {
