@@ -68,7 +68,16 @@ func (d *downlink) Connected(up bool) {
 }
 
 func (d *downlink) Logs(ctx context.Context, r *wire.LogsRequest, chunk func(string, []byte) error) error {
-	return d.logs(ctx, r, chunk)
+	d.mu.Lock()
+	logs := d.logs
+	d.mu.Unlock()
+	return logs(ctx, r, chunk)
+}
+
+func (d *downlink) setLogs(f func(ctx context.Context, r *wire.LogsRequest, chunk func(string, []byte) error) error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.logs = f
 }
 
 func (d *downlink) read(f func(*downlink) bool) bool {
@@ -136,7 +145,6 @@ func until(t *testing.T, what string, ok func() bool) {
 // control plane and has the other end of the control stream.
 type pipe struct {
 	agent, control net.Conn
-	opened         sync.Once
 	done           chan struct{}
 	once           sync.Once
 }

@@ -72,6 +72,28 @@ func TestLinkSpeaksTheTranscriptOfVersion1(t *testing.T) {
 	}
 }
 
+func TestLinkResumesByTheTranscriptOfVersion1(t *testing.T) {
+	tr := wiretest.Must(t, "v1-resume")
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) {
+			control := wiretest.NewControlPlane(t)
+			hello := tr.Steps[1].Frame.GetHello()
+			cfg := config(t, control, transport)
+			cfg.AgentVersion, cfg.HashedMachineID, cfg.Facts = hello.AgentVersion, hello.HashedMachineId, hello.Facts
+			start(t, cfg, &downlink{incarnation: hello.Incarnation, sequence: hello.Sequence})
+			p := control.Next(t)
+			p.Play(tr, wiretest.Control, nil)
+			_ = p.ExpectEnd()
+			// It is back soon after the time it was asked to wait.
+			p = control.Next(t)
+			p.Expect("open")
+			if h := p.Expect("hello").GetHello(); h.Sequence != 8 || h.AgentNonce != "nonce-1" {
+				t.Errorf("hello %v", h)
+			}
+		})
+	}
+}
+
 // register plays the control plane's part up to a session that is up.
 func register(t *testing.T, control *wiretest.ControlPlane) *wiretest.Peer {
 	t.Helper()
@@ -190,9 +212,9 @@ func TestRequestsThatEndEarly(t *testing.T) {
 			control := wiretest.NewControlPlane(t)
 			gone := make(chan struct{})
 			d := &downlink{}
-			d.logs = func(context.Context, *wire.LogsRequest, func(string, []byte) error) error {
+			d.setLogs(func(context.Context, *wire.LogsRequest, func(string, []byte) error) error {
 				return sdk.Errorf(sdk.NotFound, "read logs", "no such task")
-			}
+			})
 			start(t, config(t, control, transport), d)
 			p := register(t, control)
 			request(p, logs)
@@ -210,14 +232,14 @@ func TestRequestsThatEndEarly(t *testing.T) {
 			if _, err := p.Control.Read(make([]byte, 1)); err == nil {
 				t.Error("an answer to a stream of unknown type")
 			}
-			d.logs = func(ctx context.Context, _ *wire.LogsRequest, chunk func(string, []byte) error) error {
+			d.setLogs(func(ctx context.Context, _ *wire.LogsRequest, chunk func(string, []byte) error) error {
 				defer close(gone)
 				if err := chunk("stdout", []byte("x")); err != nil {
 					return err
 				}
 				<-ctx.Done()
 				return ctx.Err()
-			}
+			})
 			request(p, logs)
 			p.Expect("chunk")
 			_ = p.Control.Close()

@@ -3,6 +3,8 @@ package link
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -52,13 +54,24 @@ func TestBackoff(t *testing.T) {
 // dialer hands out pipes and writes down when it was asked.
 type dialer struct {
 	began time.Time
-	times []time.Duration
 	next  func(n int) (wire.Session, error)
+
+	mu    sync.Mutex
+	times []time.Duration
 }
 
 func (d *dialer) dial(_ context.Context, _, _ string) (wire.Session, error) {
+	d.mu.Lock()
 	d.times = append(d.times, time.Since(d.began))
-	return d.next(len(d.times))
+	n := len(d.times)
+	d.mu.Unlock()
+	return d.next(n)
+}
+
+func (d *dialer) asked() []time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.times)
 }
 
 func bubble(t *testing.T, next func(n int) (wire.Session, error), f func(l *Link, d *dialer, down *downlink)) {
@@ -88,13 +101,13 @@ func TestSilenceIsRetriedEverySecondAtFirst(t *testing.T) {
 	bubble(t, func(int) (wire.Session, error) { return nil, carrier.ErrUnreachable }, func(_ *Link, d *dialer, _ *downlink) {
 		<-time.After(2 * time.Minute)
 		synctest.Wait()
-		early := len(d.times)
+		early := len(d.asked())
 		if early < 115 || early > 130 {
 			t.Errorf("%d tries in two minutes, want about one a second", early)
 		}
 		<-time.After(10 * time.Minute)
 		synctest.Wait()
-		if late := len(d.times) - early; late < 38 || late > 60 {
+		if late := len(d.asked()) - early; late < 38 || late > 60 {
 			t.Errorf("%d tries in the ten minutes after, want about four a minute", late)
 		}
 	})
@@ -124,13 +137,13 @@ func TestDeregisteredDeviceAsksSlowlyForEver(t *testing.T) {
 	bubble(t, next, func(l *Link, d *dialer, down *downlink) {
 		<-time.After(time.Hour)
 		synctest.Wait()
-		if n := len(d.times); n < 55 || n > 65 {
+		if n := len(d.asked()); n < 55 || n > 65 {
 			t.Errorf("%d tries in an hour, want one a minute", n)
 		}
 		if s := l.Status(); s.State != StateWaiting || s.LastError == "" {
 			t.Errorf("status %+v", s)
 		}
-		if len(down.ups) != 0 {
+		if down.read(func(d *downlink) bool { return len(d.ups) != 0 }) {
 			t.Error("the agent was told of a session that never was")
 		}
 	})
@@ -148,7 +161,8 @@ func TestBackoffStartsAgainOnlyAfterRegistration(t *testing.T) {
 	bubble(t, next, func(_ *Link, d *dialer, _ *downlink) {
 		<-time.After(time.Minute)
 		synctest.Wait()
-		before, after := d.times[19]-d.times[18], d.times[20]-d.times[19]
+		times := d.asked()
+		before, after := times[19]-times[18], times[20]-times[19]
 		if before < 900*time.Millisecond || after > 110*time.Millisecond {
 			t.Errorf("waited %s before the session, %s after", before, after)
 		}
@@ -191,8 +205,8 @@ func TestSilentSessionIsPingedAndGivenUp(t *testing.T) {
 		if len(frames) != 2 || frames[1] != "ping" {
 			t.Errorf("sent %v, want a status and a ping", frames)
 		}
-		if len(down.ups) != 2 {
-			t.Errorf("the agent was told %v", down.ups)
+		if down.read(func(d *downlink) bool { return len(d.ups) != 2 }) {
+			t.Error("the agent was not told of the session's begin and end")
 		}
 	})
 }
@@ -218,8 +232,8 @@ func TestPongKeepsASession(t *testing.T) {
 			l.TaskStatus(&wire.TaskStatus{Sequence: i + 1, TaskId: taskB})
 			<-time.After(7 * time.Second)
 		}
-		if len(d.times) != 1 || l.Status().State != StateConnected {
-			t.Errorf("%d dials", len(d.times))
+		if n := len(d.asked()); n != 1 || l.Status().State != StateConnected {
+			t.Errorf("%d dials", n)
 		}
 	})
 }

@@ -33,7 +33,8 @@ type devices struct {
 	reported []*wire.TaskStatus
 	facts    []controlplane.Hello
 	enrolled controlplane.Enrollment
-	enrol    func(controlplane.Enrollment) (controlplane.Instance, bool, error)
+	enrol    controlplane.Instance // what Enroll answers
+	refuse   error
 	gate     chan struct{} // when set, ReportTask waits for it
 }
 
@@ -62,7 +63,19 @@ func (d *devices) Enroll(_ context.Context, e controlplane.Enrollment) (controlp
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.enrolled = e
-	return d.enrol(e)
+	return d.enrol, false, d.refuse
+}
+
+func (d *devices) answer(i controlplane.Instance, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.enrol, d.refuse = i, err
+}
+
+func (d *devices) asked() controlplane.Enrollment {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.enrolled
 }
 
 func (d *devices) Authenticate(_ context.Context, instance, key string) (controlplane.Instance, error) {

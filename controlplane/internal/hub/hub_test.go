@@ -57,6 +57,8 @@ func TestHubSpeaksTheTranscriptOfVersion1(t *testing.T) {
 						Networks: []string{"bridge", "host", "none"}}},
 					ReservedPorts: []controlplane.PortKey{{Protocol: "tcp", Port: 22}},
 				}
+				d.mu.Lock()
+				defer d.mu.Unlock()
 				if diff := cmp.Diff(controlplane.Hello{AgentVersion: "0.1.0", Hostname: "shelf-7", HashedMachineID: "m1", Facts: want}, d.facts[0]); diff != "" {
 					t.Error(diff)
 				}
@@ -65,22 +67,39 @@ func TestHubSpeaksTheTranscriptOfVersion1(t *testing.T) {
 	}
 }
 
+func TestHubResumesByTheTranscriptOfVersion1(t *testing.T) {
+	tr := wiretest.Must(t, "v1-resume")
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) {
+			d := newDevices()
+			d.assign(&wire.Assignment{Sequence: 7, TaskId: taskB, Desired: "RUNNING"})
+			for _, s := range tr.Steps {
+				if a := s.Frame.GetAssignment(); a != nil {
+					d.assign(a)
+				}
+			}
+			r := newRig(t, d)
+			r.agent(transport, wire.ProtocolTunnel).Play(tr, wiretest.Agent, func(f *wire.Frame) {
+				if f.GetGoodbye() != nil {
+					r.stop()
+				}
+			})
+		})
+	}
+}
+
 func TestHubEnrolsByTheTranscriptOfVersion1(t *testing.T) {
 	for _, transport := range transports {
 		t.Run(transport, func(t *testing.T) {
 			d := newDevices()
 			r := newRig(t, d)
-			d.enrol = func(controlplane.Enrollment) (controlplane.Instance, bool, error) {
-				return controlplane.Instance{ID: instanceA, Cluster: "default"}, false, nil
-			}
+			d.answer(controlplane.Instance{ID: instanceA, Cluster: "default"}, nil)
 			p := r.agent(transport, wire.ProtocolEnroll)
 			p.Play(wiretest.Must(t, "v1-enroll"), wiretest.Agent, nil)
-			if d.enrolled.KeyFingerprint == "" || d.enrolled.Hostname != "shelf-7" || string(d.enrolled.Secret) != "0123456789abcdef0123456789abcdef" {
-				t.Errorf("the domain was asked for %+v", d.enrolled)
+			if e := d.asked(); e.KeyFingerprint == "" || e.Hostname != "shelf-7" || string(e.Secret) != "0123456789abcdef0123456789abcdef" {
+				t.Errorf("the domain was asked for %+v", e)
 			}
-			d.enrol = func(controlplane.Enrollment) (controlplane.Instance, bool, error) {
-				return controlplane.Instance{}, false, controlplane.Errorf(controlplane.Exhausted, "the activation is used up")
-			}
+			d.answer(controlplane.Instance{}, controlplane.Errorf(controlplane.Exhausted, "the activation is used up"))
 			p = r.agent(transport, wire.ProtocolEnroll)
 			p.Play(wiretest.Must(t, "v1-enroll-refused"), wiretest.Agent, nil)
 		})
