@@ -35,7 +35,7 @@ func (c *cli) explain(err error) string {
 		return err.Error()
 	}
 	switch {
-	case !connect.IsWireError(ce) && ce.Code() == connect.CodeUnavailable:
+	case !connect.IsWireError(ce) && (ce.Code() == connect.CodeUnavailable || broken(err)):
 		return fmt.Sprintf("cannot reach the control plane at %s: %s", addr, trimTransport(ce.Message()))
 	case !connect.IsWireError(ce) && ce.Code() != connect.CodeUnauthenticated:
 		return fmt.Sprintf("%s does not answer as a control plane does (%s); is the address right?", addr, ce.Message())
