@@ -197,6 +197,10 @@ func (c *taskDefinitionCheck) mounts(at string, ct *ContainerDefinition) {
 		}
 		c.absolute(path, p)
 		clean := strings.TrimRight(p, "/")
+		if clean == "" {
+			c.problem(path, "is %s; nothing can be mounted over the container's root", quote(p))
+			return
+		}
 		if targets[clean] {
 			c.problem(path, "is %s, where something is mounted already", quote(p))
 		}
@@ -258,7 +262,7 @@ func (c *taskDefinitionCheck) health(at string, ct *ContainerDefinition) {
 	case len(h.Command) == 1:
 		c.problem(path+".command", "has nothing after %s", h.Command[0])
 	case h.Command[0] == "CMD-SHELL" && len(h.Command) > 2:
-		c.problem(path+".command", "has %d parts; CMD-SHELL takes one line for the shell", len(h.Command))
+		c.warn(path+".command", "CMD-SHELL takes one line for the shell; the parts after it are only that line's $0, $1 and so on")
 	}
 	c.intRange(path+".interval", h.Interval, 5, 300)
 	c.intRange(path+".timeout", h.Timeout, 2, 60)

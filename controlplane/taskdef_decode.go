@@ -341,6 +341,9 @@ func (d *documentDecoder) stringMap(n *node, v reflect.Value, at place) {
 			continue
 		}
 		d.saw(key, mb.line)
+		if strings.ContainsRune(mb.name, 0) {
+			d.problem(key.path, "has a NUL character in its name")
+		}
 		if mb.value.kind == '0' {
 			d.problem(key.path, "must be a string, not null")
 		}

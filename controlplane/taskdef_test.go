@@ -134,6 +134,7 @@ func TestRules(t *testing.T) {
 		{"volume", with(`"mountPoints":[{"sourceVolume":"v","containerPath":"/v"}]`), `is "v", which is no volume of the task`},
 		{"mount path", with(`"mountPoints":[{"sourceVolume":"v","containerPath":"v"}]`), "must be an absolute path"},
 		{"mounted twice", with(`"linuxParameters":{"tmpfs":[{"containerPath":"/a","size":1},{"containerPath":"/a/","size":1}]}`), "where something is mounted already"},
+		{"mounted over root", with(`"linuxParameters":{"tmpfs":[{"containerPath":"/","size":1}]}`), "nothing can be mounted over"},
 		{"volumesFrom", with(`"volumesFrom":[{"sourceContainer":"x"}]`), "is no container of the task"},
 		{"host volume", task(`"volumes":[{"name":"v","host":{"sourcePath":"/a/../b"}}]`), `must not contain ".."`},
 		{"health command", with(`"healthCheck":{"command":["curl","x"]}`), "must be CMD"},

@@ -124,7 +124,14 @@ func momentary(err error) bool {
 	if isTLSProblem(err) || errors.Is(err, errRedirect) || (errors.As(err, &dns) && dns.IsNotFound) {
 		return false
 	}
-	return connect.CodeOf(err) == connect.CodeUnavailable || errors.Is(err, io.ErrUnexpectedEOF)
+	return connect.CodeOf(err) == connect.CodeUnavailable || broken(err)
+}
+
+// broken tells a connection that ended while it was in use, as it does when a
+// control plane is killed. The client has no code for that.
+func broken(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // pause waits for about d, spread so that many clients do not return as one;

@@ -35,12 +35,16 @@ func (c *cli) explain(err error) string {
 		return err.Error()
 	}
 	switch {
-	case !connect.IsWireError(ce) && ce.Code() == connect.CodeUnavailable:
+	case !connect.IsWireError(ce) && (ce.Code() == connect.CodeUnavailable || broken(err)):
 		return fmt.Sprintf("cannot reach the control plane at %s: %s", addr, trimTransport(ce.Message()))
 	case !connect.IsWireError(ce) && ce.Code() != connect.CodeUnauthenticated:
 		return fmt.Sprintf("%s does not answer as a control plane does (%s); is the address right?", addr, ce.Message())
 	case ce.Code() == connect.CodeUnauthenticated:
-		return fmt.Sprintf("%s refused the API token (%s); BELAY_TOKEN or --token-file must hold the content of admin.token of this control plane", addr, ce.Message())
+		hint := ""
+		if !strings.Contains(ce.Message(), "admin.token") {
+			hint = "; BELAY_TOKEN or --token-file must hold the content of admin.token of this control plane"
+		}
+		return fmt.Sprintf("%s refused the API token: %s%s", addr, ce.Message(), hint)
 	case ce.Code() == connect.CodePermissionDenied:
 		return "not allowed: " + ce.Message()
 	case ce.Code() == connect.CodeUnimplemented:

@@ -67,7 +67,12 @@ not the task.`,
 					notRun = exitError{code, why}
 				}
 			}
-			if err := c.show(res, func() { c.taskTable(res.GetTasks()) }); err != nil {
+			table := func() {
+				if len(res.GetTasks()) > 0 { // why there are none is said already
+					c.taskTable(res.GetTasks())
+				}
+			}
+			if err := c.show(res, table); err != nil {
 				return err
 			}
 			return notRun

@@ -68,6 +68,9 @@ func refusedDocument(file string, err error) error {
 	if !errors.As(err, &ce) {
 		return err
 	}
+	if file == "-" {
+		file = "standard input"
+	}
 	problems := strings.Split(strings.TrimSpace(ce.Message()), "\n")
 	return exitError{exitFailure, "the task definition in " + file + " is refused:\n  " + strings.Join(problems, "\n  ")}
 }

@@ -32,7 +32,7 @@ func (c *cli) until(rfc3339 string) string {
 	if err != nil {
 		return "-"
 	}
-	if d := t.Sub(c.now()); d > 0 {
+	if d := t.Sub(c.now()).Round(time.Second); d > 0 {
 		return "in " + human(d)
 	}
 	return human(c.now().Sub(t)) + " ago"
