@@ -154,12 +154,14 @@ func (c *config) validate() error {
 	return nil
 }
 
-// withPort adds a port to an address that has none.
+// withPort adds a port to a name or an IP address, which may be in brackets;
+// anything else is returned as it is.
 func withPort(addr, port string) string {
-	if _, _, err := net.SplitHostPort(addr); err == nil {
+	host := strings.TrimSuffix(strings.TrimPrefix(addr, "["), "]")
+	if net.ParseIP(host) == nil && strings.ContainsAny(addr, ":[]") {
 		return addr
 	}
-	return net.JoinHostPort(strings.Trim(addr, "[]"), port)
+	return net.JoinHostPort(host, port)
 }
 
 // addresses is where devices find a control plane that listens on bound: what
