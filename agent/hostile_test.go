@@ -166,6 +166,9 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 		"time passes": func(*rapid.T) {
 			s.clock.now += time.Duration(rapid.IntRange(0, 70_000).Draw(s.t, "ms")) * time.Millisecond
 		},
+		"things go on":       func(*rapid.T) { s.goOn(rapid.IntRange(1, 12).Draw(s.t, "turns")) },
+		"things go on well":  func(*rapid.T) { s.heal(); s.goOn(8) },
+		"things go on again": func(*rapid.T) { s.goOn(4) },
 		"a call is made": func(t *rapid.T) {
 			var open []*pendingCall
 			for _, p := range s.pending {
@@ -178,9 +181,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 			p := open[pick(len(open), "call")]
 			s.runtime.next = rapid.SampledFrom(troubles).Draw(s.t, "trouble")
-			r := s.hands.perform(context.Background(), p.job)
-			s.runtime.next = ""
-			p.done = &r
+			s.perform(p)
 		},
 		"a call reports back": func(t *rapid.T) {
 			var done []int
@@ -292,9 +293,46 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 	}
 }
 
+func (s *simulation) perform(p *pendingCall) {
+	if p.job.Verb == callList {
+		s.ghosts = nil // a new plugin that lists has nothing of the old one under way
+	}
+	r := s.hands.perform(context.Background(), p.job)
+	s.runtime.next = ""
+	p.done = &r
+}
+
+// goOn makes the calls there are and reports them back, most of them well.
+func (s *simulation) goOn(turns int) {
+	for range turns {
+		s.settle()
+		for _, p := range s.pending {
+			if p.done != nil {
+				continue
+			}
+			if rapid.IntRange(0, 9).Draw(s.t, "luck") == 0 {
+				s.runtime.next = rapid.SampledFrom(troubles).Draw(s.t, "trouble")
+			}
+			s.perform(p)
+		}
+		done := s.pending
+		s.pending = nil
+		for _, p := range done {
+			s.state.finish(*p.done, s.clock.now)
+		}
+		if len(done) == 0 {
+			s.clock.now += time.Second
+		}
+	}
+}
+
+func (s *simulation) heal() {
+	s.journal.broken, s.journal.liar, s.runtime.down, s.runtime.healthy = false, false, false, true
+}
+
 // calm ends the hostility and lets everything come to rest.
 func (s *simulation) calm() {
-	s.journal.broken, s.journal.liar, s.runtime.down, s.runtime.healthy = false, false, false, true
+	s.heal()
 	s.ghosts = nil
 	for range 20 { // a link that works repeats its set until it is taken over
 		if s.state.assign(s.journal, s.incarn, true, s.all(), s.sequence, s.clock.now) == nil {
@@ -307,8 +345,7 @@ func (s *simulation) calm() {
 		if len(s.pending) > 0 {
 			for _, p := range s.pending {
 				if p.done == nil {
-					r := s.hands.perform(context.Background(), p.job)
-					p.done = &r
+					s.perform(p)
 				}
 			}
 			done := s.pending
@@ -398,6 +435,9 @@ func (s *simulation) died(task string) bool {
 func TestEveryHostilityConverges(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := newSimulation(t)
+		for range rapid.IntRange(0, 2).Draw(t, "tasks at first") {
+			s.assign(false, s.newTask())
+		}
 		t.Repeat(s.hostile())
 		s.calm()
 		s.check()
