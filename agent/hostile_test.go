@@ -30,7 +30,7 @@ type simulation struct {
 	// The control plane.
 	sequence uint64
 	wanted   map[string]*wire.Assignment
-	gone     map[string]bool // removed: must be forgotten
+	over     map[string]bool // it has the terminal status: assigned no more
 	reported map[string]*wire.TaskStatus
 	ids      int
 	reboots  int
@@ -47,7 +47,7 @@ func newSimulation(t *rapid.T) *simulation {
 	j := newSimJournal()
 	s := &simulation{
 		t: t, clock: &stillClock{now: time.Minute, boot: "boot-0"}, journal: j, runtime: newSimRuntime(j),
-		wanted: map[string]*wire.Assignment{}, gone: map[string]bool{}, reported: map[string]*wire.TaskStatus{}, incarn: "one",
+		wanted: map[string]*wire.Assignment{}, over: map[string]bool{}, reported: map[string]*wire.TaskStatus{}, incarn: "one",
 	}
 	s.hands = &hands{runtimes: s.runtime, outputs: nowhere{}, volumes: nowhere{}, clock: s.clock}
 	s.boot()
@@ -118,7 +118,7 @@ func (s *simulation) assign(full bool, set ...*wire.Assignment) {
 func (s *simulation) all() []*wire.Assignment {
 	var set []*wire.Assignment
 	for i := range s.ids {
-		if a := s.wanted[id(i)]; a != nil {
+		if a := s.wanted[id(i)]; a != nil && !s.over[id(i)] {
 			set = append(set, a)
 		}
 	}
@@ -259,7 +259,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 			n := id(pick(s.ids, "task"))
 			a := s.wanted[n]
-			if a == nil {
+			if a == nil || s.over[n] {
 				t.Skip("gone")
 			}
 			stop := &wire.Assignment{Sequence: s.sequence + 1, TaskId: n, Desired: "STOPPED", StopReason: "enough"}
@@ -275,7 +275,6 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 			n := id(pick(s.ids, "task"))
 			delete(s.wanted, n)
-			s.gone[n] = true
 			if rapid.Bool().Draw(s.t, "by name") {
 				s.assign(false, &wire.Assignment{Sequence: s.sequence + 1, TaskId: n, Removed: true})
 			} else {
@@ -283,9 +282,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 		},
 		"statuses are acknowledged": func(*rapid.T) {
-			for task, st := range s.reported {
-				s.state.acked(task, st.GetSequence())
-			}
+			s.acknowledge()
 		},
 		"the disk fills or empties": func(*rapid.T) { s.journal.broken = !s.journal.broken },
 		"the disk lies":             func(*rapid.T) { s.journal.liar = !s.journal.liar },
@@ -326,6 +323,13 @@ func (s *simulation) goOn(turns int) {
 	}
 }
 
+func (s *simulation) acknowledge() {
+	for task, st := range s.reported {
+		s.state.acked(task, st.GetSequence())
+		s.over[task] = s.over[task] || st.GetLastStatus() == Stopped
+	}
+}
+
 func (s *simulation) heal() {
 	s.journal.broken, s.journal.liar, s.runtime.down, s.runtime.healthy = false, false, false, true
 }
@@ -355,9 +359,7 @@ func (s *simulation) calm() {
 			}
 			continue
 		}
-		for task, st := range s.reported {
-			s.state.acked(task, st.GetSequence())
-		}
+		s.acknowledge()
 		for n := range s.ids { // what is to be done before gets done
 			for _, a := range s.runtime.live(id(n), "init") {
 				code := 0
@@ -382,6 +384,16 @@ func (s *simulation) check() {
 		t, want, said := s.state.task(task), s.wanted[task], s.reported[task]
 		live := s.runtime.live(task, "")
 		switch {
+		case s.over[task] && want != nil:
+			if len(live) > 0 {
+				s.t.Fatalf("task %s is over, running %v", task, live)
+			}
+			if said.GetStopCode() == CodeEssentialExited && !s.died(task) {
+				s.t.Fatalf("task %s stopped for an exit that never was: %v", task, said)
+			}
+			if want.GetDesired() == Running && want.GetSpec().GetRestartInPlace() {
+				s.t.Fatalf("task %s of a service gave up: %v", task, said)
+			}
 		case want == nil:
 			// A disk that failed a write may hold it all the same: the next
 			// start finds the task, and the next whole set ends it.
@@ -399,13 +411,6 @@ func (s *simulation) check() {
 				if running > 1 || c.GetEssential() && running != 1 {
 					s.t.Fatalf("task %s says RUNNING with %d %s running: %v", task, running, c.GetName(), said)
 				}
-			}
-		case said.GetLastStatus() == Stopped && !want.GetSpec().GetRestartInPlace():
-			if len(live) > 0 {
-				s.t.Fatalf("task %s says STOPPED, running %v", task, live)
-			}
-			if said.GetStopCode() == CodeEssentialExited && !s.died(task) {
-				s.t.Fatalf("task %s stopped for an exit that never was: %v", task, said)
 			}
 		default:
 			s.t.Fatalf("task %s did not come to rest: %v (%+v)", task, said, t)
