@@ -30,7 +30,7 @@ type simulation struct {
 	// The control plane.
 	sequence uint64
 	wanted   map[string]*wire.Assignment
-	gone     map[string]bool // removed: must be forgotten
+	over     map[string]bool // it has the terminal status: assigned no more
 	reported map[string]*wire.TaskStatus
 	ids      int
 	reboots  int
@@ -47,7 +47,7 @@ func newSimulation(t *rapid.T) *simulation {
 	j := newSimJournal()
 	s := &simulation{
 		t: t, clock: &stillClock{now: time.Minute, boot: "boot-0"}, journal: j, runtime: newSimRuntime(j),
-		wanted: map[string]*wire.Assignment{}, gone: map[string]bool{}, reported: map[string]*wire.TaskStatus{}, incarn: "one",
+		wanted: map[string]*wire.Assignment{}, over: map[string]bool{}, reported: map[string]*wire.TaskStatus{}, incarn: "one",
 	}
 	s.hands = &hands{runtimes: s.runtime, outputs: nowhere{}, volumes: nowhere{}, clock: s.clock}
 	s.boot()
@@ -118,7 +118,7 @@ func (s *simulation) assign(full bool, set ...*wire.Assignment) {
 func (s *simulation) all() []*wire.Assignment {
 	var set []*wire.Assignment
 	for i := range s.ids {
-		if a := s.wanted[id(i)]; a != nil {
+		if a := s.wanted[id(i)]; a != nil && !s.over[id(i)] {
 			set = append(set, a)
 		}
 	}
@@ -166,6 +166,9 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 		"time passes": func(*rapid.T) {
 			s.clock.now += time.Duration(rapid.IntRange(0, 70_000).Draw(s.t, "ms")) * time.Millisecond
 		},
+		"things go on":       func(*rapid.T) { s.goOn(rapid.IntRange(1, 12).Draw(s.t, "turns")) },
+		"things go on well":  func(*rapid.T) { s.heal(); s.goOn(8) },
+		"things go on again": func(*rapid.T) { s.goOn(4) },
 		"a call is made": func(t *rapid.T) {
 			var open []*pendingCall
 			for _, p := range s.pending {
@@ -178,9 +181,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 			p := open[pick(len(open), "call")]
 			s.runtime.next = rapid.SampledFrom(troubles).Draw(s.t, "trouble")
-			r := s.hands.perform(context.Background(), p.job)
-			s.runtime.next = ""
-			p.done = &r
+			s.perform(p)
 		},
 		"a call reports back": func(t *rapid.T) {
 			var done []int
@@ -258,7 +259,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 			n := id(pick(s.ids, "task"))
 			a := s.wanted[n]
-			if a == nil {
+			if a == nil || s.over[n] {
 				t.Skip("gone")
 			}
 			stop := &wire.Assignment{Sequence: s.sequence + 1, TaskId: n, Desired: "STOPPED", StopReason: "enough"}
@@ -274,7 +275,6 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 			n := id(pick(s.ids, "task"))
 			delete(s.wanted, n)
-			s.gone[n] = true
 			if rapid.Bool().Draw(s.t, "by name") {
 				s.assign(false, &wire.Assignment{Sequence: s.sequence + 1, TaskId: n, Removed: true})
 			} else {
@@ -282,9 +282,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 		},
 		"statuses are acknowledged": func(*rapid.T) {
-			for task, st := range s.reported {
-				s.state.acked(task, st.GetSequence())
-			}
+			s.acknowledge()
 		},
 		"the disk fills or empties": func(*rapid.T) { s.journal.broken = !s.journal.broken },
 		"the disk lies":             func(*rapid.T) { s.journal.liar = !s.journal.liar },
@@ -292,9 +290,53 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 	}
 }
 
+func (s *simulation) perform(p *pendingCall) {
+	if p.job.Verb == callList {
+		s.ghosts = nil // a new plugin that lists has nothing of the old one under way
+	}
+	r := s.hands.perform(context.Background(), p.job)
+	s.runtime.next = ""
+	p.done = &r
+}
+
+// goOn makes the calls there are and reports them back, most of them well.
+func (s *simulation) goOn(turns int) {
+	for range turns {
+		s.settle()
+		for _, p := range s.pending {
+			if p.done != nil {
+				continue
+			}
+			if rapid.IntRange(0, 9).Draw(s.t, "luck") == 0 {
+				s.runtime.next = rapid.SampledFrom(troubles).Draw(s.t, "trouble")
+			}
+			s.perform(p)
+		}
+		done := s.pending
+		s.pending = nil
+		for _, p := range done {
+			s.state.finish(*p.done, s.clock.now)
+		}
+		if len(done) == 0 {
+			s.clock.now += time.Second
+		}
+	}
+}
+
+func (s *simulation) acknowledge() {
+	for task, st := range s.reported {
+		s.state.acked(task, st.GetSequence())
+		s.over[task] = s.over[task] || st.GetLastStatus() == Stopped
+	}
+}
+
+func (s *simulation) heal() {
+	s.journal.broken, s.journal.liar, s.runtime.down, s.runtime.healthy = false, false, false, true
+}
+
 // calm ends the hostility and lets everything come to rest.
 func (s *simulation) calm() {
-	s.journal.broken, s.journal.liar, s.runtime.down, s.runtime.healthy = false, false, false, true
+	s.heal()
 	s.ghosts = nil
 	for range 20 { // a link that works repeats its set until it is taken over
 		if s.state.assign(s.journal, s.incarn, true, s.all(), s.sequence, s.clock.now) == nil {
@@ -307,8 +349,7 @@ func (s *simulation) calm() {
 		if len(s.pending) > 0 {
 			for _, p := range s.pending {
 				if p.done == nil {
-					r := s.hands.perform(context.Background(), p.job)
-					p.done = &r
+					s.perform(p)
 				}
 			}
 			done := s.pending
@@ -318,9 +359,7 @@ func (s *simulation) calm() {
 			}
 			continue
 		}
-		for task, st := range s.reported {
-			s.state.acked(task, st.GetSequence())
-		}
+		s.acknowledge()
 		for n := range s.ids { // what is to be done before gets done
 			for _, a := range s.runtime.live(id(n), "init") {
 				code := 0
@@ -345,6 +384,16 @@ func (s *simulation) check() {
 		t, want, said := s.state.task(task), s.wanted[task], s.reported[task]
 		live := s.runtime.live(task, "")
 		switch {
+		case s.over[task] && want != nil:
+			if len(live) > 0 {
+				s.t.Fatalf("task %s is over, running %v", task, live)
+			}
+			if said.GetStopCode() == CodeEssentialExited && !s.died(task) {
+				s.t.Fatalf("task %s stopped for an exit that never was: %v", task, said)
+			}
+			if want.GetDesired() == Running && want.GetSpec().GetRestartInPlace() {
+				s.t.Fatalf("task %s of a service gave up: %v", task, said)
+			}
 		case want == nil:
 			// A disk that failed a write may hold it all the same: the next
 			// start finds the task, and the next whole set ends it.
@@ -362,13 +411,6 @@ func (s *simulation) check() {
 				if running > 1 || c.GetEssential() && running != 1 {
 					s.t.Fatalf("task %s says RUNNING with %d %s running: %v", task, running, c.GetName(), said)
 				}
-			}
-		case said.GetLastStatus() == Stopped && !want.GetSpec().GetRestartInPlace():
-			if len(live) > 0 {
-				s.t.Fatalf("task %s says STOPPED, running %v", task, live)
-			}
-			if said.GetStopCode() == CodeEssentialExited && !s.died(task) {
-				s.t.Fatalf("task %s stopped for an exit that never was: %v", task, said)
 			}
 		default:
 			s.t.Fatalf("task %s did not come to rest: %v (%+v)", task, said, t)
@@ -398,6 +440,9 @@ func (s *simulation) died(task string) bool {
 func TestEveryHostilityConverges(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := newSimulation(t)
+		for range rapid.IntRange(0, 2).Draw(t, "tasks at first") {
+			s.assign(false, s.newTask())
+		}
 		t.Repeat(s.hostile())
 		s.calm()
 		s.check()
