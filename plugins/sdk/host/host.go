@@ -159,7 +159,7 @@ func (p *Plugin) connect(ctx context.Context) error {
 		},
 		SkipHostEnv:      true,
 		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: p.opts.SocketDir},
-		StartTimeout:     p.opts.StartTimeout,
+		StartTimeout:     p.opts.StartTimeout + time.Minute, // ctx is what counts
 		Stderr:           p.stderr,
 		Logger:           hclog.NewNullLogger(), // every failure is in our own errors
 		GRPCDialOptions: []grpc.DialOption{

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strconv"
@@ -36,6 +37,7 @@ func TestMain(m *testing.M) {
 }
 
 func pretend(mode string) {
+	parent := os.Getppid()
 	mem := sdktest.NewMemory()
 	p := &sdktest.MemoryPlugin{Name: "good", Memory: mem}
 	switch mode {
@@ -78,6 +80,20 @@ func pretend(mode string) {
 				panic("boom")
 			}
 			return nil
+		})
+	case "finishes":
+		mem.FailWith(func(op string) error {
+			if op != "list" {
+				return nil
+			}
+			fmt.Fprintln(os.Stderr, "busy")
+			for os.Getppid() == parent { // until the host is dead
+				<-time.After(time.Millisecond)
+			}
+			for range 100 { // each would be the end without a handler for SIGPIPE
+				fmt.Fprintln(os.Stderr, "still here")
+			}
+			return os.WriteFile(os.Getenv("TEST_MARK"), []byte("done"), 0o600)
 		})
 	case "hangs":
 		mem.FailWith(func(op string) error {
@@ -413,6 +429,44 @@ func TestPluginDiesWithItsHost(t *testing.T) {
 	}
 }
 
+// A call that was under way when the host died may finish, writing to stderr
+// though nobody reads it.
+func TestWorkOutlivesTheHost(t *testing.T) {
+	mark := os.Getenv("TEST_MARK")
+	if mark != "" {
+		o := options(t, "finishes")
+		o.Env = append(o.Env, "TEST_MARK="+mark)
+		var log syncBuffer
+		o.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		p, err := host.Launch(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { _, _ = runtime(t, p).List(context.Background()) }()
+		for !strings.Contains(log.String(), "busy") {
+			<-time.After(time.Millisecond)
+		}
+		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	mark = filepath.Join(t.TempDir(), "mark")
+	self, _ := os.Executable()
+	cmd := exec.Command(self, "-test.run=^TestWorkOutlivesTheHost$")
+	cmd.Env = append(os.Environ(), "TEST_MARK="+mark)
+	if err := cmd.Run(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Fatalf("the host ended with %v", err)
+	}
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		if b, _ := os.ReadFile(mark); string(b) == "done" {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the call did not finish")
+		}
+		<-time.After(10 * time.Millisecond)
+	}
+}
+
 // Started by hand, a plugin says what it is.
 func TestStartedByHand(t *testing.T) {
 	self, _ := os.Executable()
@@ -420,6 +474,13 @@ func TestStartedByHand(t *testing.T) {
 	if err == nil || !strings.Contains(out, "good 1.2.3-test is a Belay plugin") {
 		t.Errorf("%v: %q", err, out)
 	}
+}
+
+func runAs(path, env string, args ...string) (string, error) {
+	cmd := exec.Command(path, args...)
+	cmd.Env = append(os.Environ(), env)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
 }
 
 type syncBuffer struct {

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -105,6 +106,45 @@ func testOrphan(t *testing.T, r *rig) {
 	if took := time.Since(begun); took > r.patience(10*time.Second) {
 		t.Errorf("the exit was seen only after %s", took)
 	}
+}
+
+// testDescendants looks for what a container started, by a mark in its
+// command line, once it was stopped and removed.
+func testDescendants(t *testing.T, r *rig) {
+	mark := fmt.Sprintf("86400.%d", os.Getpid())
+	req, _ := r.start(t, "sleep "+mark+" & (sleep "+mark+" &) ; echo ready; wait; sleep "+mark)
+	r.wantOutput(t, req.Stdout, "ready\n")
+	r.eventually(t, "children", func() error {
+		if n := len(marked(mark)); n < 2 {
+			return fmt.Errorf("%d of 2 run", n)
+		}
+		return nil
+	})
+	if _, err := r.runtime.Stop(r.ctx(t), req.Attempt, 0); err != nil {
+		t.Fatalf("Stop: %v", err)
+	}
+	if err := r.runtime.Remove(r.ctx(t), req.Attempt); err != nil {
+		t.Fatalf("Remove: %v", err)
+	}
+	r.eventually(t, "what the container started ends with it", func() error {
+		if pids := marked(mark); len(pids) > 0 {
+			return fmt.Errorf("processes %v still run", pids)
+		}
+		return nil
+	})
+}
+
+// marked lists the processes with this very argument.
+func marked(arg string) []string {
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	var pids []string
+	for _, d := range dirs {
+		b, err := os.ReadFile(d + "/cmdline")
+		if err == nil && slices.Contains(strings.Split(string(b), "\x00"), arg) {
+			pids = append(pids, filepath.Base(d))
+		}
+	}
+	return pids
 }
 
 func testExec(t *testing.T, r *rig) {

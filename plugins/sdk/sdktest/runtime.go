@@ -78,6 +78,7 @@ func Runtime(t *testing.T, o RuntimeOptions) {
 		{"output goes to FIFOs", testFIFO},
 		{"environment, working directory and user", testEnvironment},
 		{"a left-behind child does not hide the exit", testOrphan},
+		{"what a container started ends with it", testDescendants},
 		{"attempts run beside each other", testConcurrent},
 		{"an event hints at an exit", testEvents},
 		{"exec", testExec},

@@ -187,6 +187,12 @@ func lockRunDir(ctx context.Context, dir string) (*os.File, error) {
 	if err != nil {
 		return nil, sdk.Errorf(sdk.Internal, "lock the run directory", "%w", err)
 	}
+	patience := time.NewTimer(drain + 5*time.Second)
+	defer patience.Stop()
+	busy := func() (*os.File, error) {
+		f.Close()
+		return nil, sdk.Errorf(sdk.Unavailable, "lock "+f.Name(), "an earlier process of this plugin has not finished")
+	}
 	for warned := false; ; {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
@@ -202,8 +208,9 @@ func lockRunDir(ctx context.Context, dir string) (*os.File, error) {
 		}
 		select {
 		case <-ctx.Done():
-			f.Close()
-			return nil, sdk.Errorf(sdk.Unavailable, "lock "+f.Name(), "an earlier process of this plugin has not finished")
+			return busy()
+		case <-patience.C:
+			return busy()
 		case <-time.After(20 * time.Millisecond):
 		}
 	}

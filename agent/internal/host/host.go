@@ -1,0 +1,283 @@
+// Package host keeps the device's plugins running: it finds executables in a
+// directory, launches each, watches it, launches it again when it dies, and
+// gives the agent runtimes by name that survive all of this.
+//
+// Every plugin has a goroutine of its own, so that a bad one cannot hold up
+// another. What a plugin started is not its host's business: a runtime's
+// containers outlive every process here.
+package host
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// Config of a Host.
+type Config struct {
+	// Dir holds the plugins' executables. A file's name is the plugin's name;
+	// symbolic links are followed.
+	Dir string
+	// StateDir and RunDir get one directory for each plugin. The path of
+	// RunDir must be short: sockets are made below it.
+	StateDir, RunDir string
+	// Plugins is the configuration of each plugin, by name.
+	Plugins map[string]json.RawMessage
+	// Logger gets what happens to plugins and what they write to stderr; nil:
+	// slog's default.
+	Logger *slog.Logger
+	// Timing changes how patient the host is; zero fields keep the defaults.
+	Timing Timing
+}
+
+// Timing of supervision.
+type Timing struct {
+	Start      time.Duration // 20 s: from launch to configured
+	Close      time.Duration // 4 s: from being asked to end to being killed
+	Ping       time.Duration // 10 s: between health checks
+	PingAnswer time.Duration // 10 s: for an answer; two missing ones are a hang
+	MinBackoff time.Duration // 100 ms: before the second relaunch; the first is at once
+	MaxBackoff time.Duration // 30 s
+	Window     time.Duration // 10 min: crashes in it count
+	Crashes    int           // 5: so many in a window quarantine a plugin
+	Quarantine time.Duration // 5 min: between attempts from then on
+	Scan       time.Duration // 10 s: between looks at the directory
+}
+
+func (t *Timing) fill() {
+	for _, f := range []struct {
+		field *time.Duration
+		value time.Duration
+	}{
+		{&t.Start, 20 * time.Second}, {&t.Close, 4 * time.Second},
+		{&t.Ping, 10 * time.Second}, {&t.PingAnswer, 10 * time.Second},
+		{&t.MinBackoff, 100 * time.Millisecond}, {&t.MaxBackoff, 30 * time.Second},
+		{&t.Window, 10 * time.Minute}, {&t.Quarantine, 5 * time.Minute}, {&t.Scan, 10 * time.Second},
+	} {
+		if *f.field == 0 {
+			*f.field = f.value
+		}
+	}
+	if t.Crashes == 0 {
+		t.Crashes = 5
+	}
+}
+
+// State of a plugin.
+type State string
+
+// States.
+const (
+	Starting    State = "starting"
+	Ready       State = "ready"
+	Failed      State = "failed"      // down; launched again after a while
+	Quarantined State = "quarantined" // crashed too often; launched again after a long while
+)
+
+// Status is what operators see of a plugin.
+type Status struct {
+	Name     string
+	Path     string
+	Version  string     // "" until it was up once
+	Kinds    []sdk.Kind // nil until it was up once
+	State    State
+	Error    string // why it is down, or last was
+	Restarts int    // launches after the first
+	SHA256   string // of the executable that was last launched, hex
+	PID      int    // 0 unless it runs
+
+	// Of runtimes, as last heard.
+	RuntimeVersion string
+	Images         bool
+	Networks       []string
+	Attributes     map[string]string
+}
+
+// Host supervises plugins. Make one with New.
+type Host struct {
+	config  Config
+	log     *slog.Logger
+	changes chan string
+
+	mu      sync.Mutex
+	plugins map[string]*plugin
+}
+
+// New looks for plugins, so that RuntimeNames is right from the start, and
+// launches none: Run does.
+func New(c Config) (*Host, error) {
+	c.Timing.fill()
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	h := &Host{config: c, log: c.Logger, changes: make(chan string, 64), plugins: map[string]*plugin{}}
+	for _, d := range []string{c.StateDir, c.RunDir} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("make plugin directory: %w", err)
+		}
+	}
+	if _, err := h.scan(); err != nil {
+		return nil, err
+	}
+	for name := range c.Plugins {
+		if h.plugins[name] == nil {
+			h.log.Warn("there is configuration for a plugin that is not there", "plugin", name, "dir", c.Dir)
+		}
+	}
+	return h, nil
+}
+
+// Run launches the plugins and keeps them running until ctx ends; then it ends
+// them, which takes no longer than Timing.Close and a little.
+func (h *Host) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	start := func(plugins []*plugin) {
+		for _, p := range plugins {
+			wg.Go(func() {
+				p.run(ctx)
+				if ctx.Err() == nil {
+					h.forget(p)
+				}
+			})
+		}
+	}
+	h.mu.Lock()
+	found := slices.Collect(maps.Values(h.plugins))
+	h.mu.Unlock()
+	start(found)
+
+	tick := time.NewTicker(h.config.Timing.Scan)
+	defer tick.Stop()
+	for complained := ""; ; {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		added, err := h.scan()
+		if err != nil {
+			if err.Error() != complained {
+				h.log.Error("cannot look for plugins", "err", err)
+				complained = err.Error()
+			}
+			continue
+		}
+		complained = ""
+		start(added)
+	}
+}
+
+// scan adds plugins that are new in the directory and returns them, wakes
+// those whose executable was replaced, and ends those whose executable is gone
+// and that are down.
+func (h *Host) scan() ([]*plugin, error) {
+	entries, err := os.ReadDir(h.config.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("read the plugin directory: %w", err)
+	}
+	var added []*plugin
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	seen := map[string]bool{}
+	for _, e := range entries {
+		name := e.Name()
+		if ignored(e) {
+			continue
+		}
+		seen[name] = true
+		p := h.plugins[name]
+		if p == nil {
+			p = newPlugin(h, name, filepath.Join(h.config.Dir, name))
+			h.plugins[name] = p
+			added = append(added, p)
+			continue
+		}
+		p.replaced()
+	}
+	for name, p := range h.plugins {
+		if !seen[name] {
+			p.unlinked()
+		}
+	}
+	return added, nil
+}
+
+func (h *Host) forget(p *plugin) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.plugins[p.name] == p {
+		delete(h.plugins, p.name)
+	}
+}
+
+func (h *Host) changed(name string) {
+	select {
+	case h.changes <- name:
+	default: // a hint; whoever reads looks at everything anyway
+	}
+}
+
+func (h *Host) all() []*plugin {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.SortedFunc(maps.Values(h.plugins), func(a, b *plugin) int { return cmp.Compare(a.name, b.name) })
+}
+
+// Status of every plugin, by name.
+func (h *Host) Status() []Status {
+	var out []Status
+	for _, p := range h.all() {
+		out = append(out, p.status())
+	}
+	return out
+}
+
+// Changes receives the name of a plugin when it came up or went down, or what
+// its Status says otherwise changed. A full channel drops.
+func (h *Host) Changes() <-chan string { return h.changes }
+
+// RuntimeNames lists the plugins that are runtimes, up or down, and those that
+// may turn out to be.
+func (h *Host) RuntimeNames() []string {
+	var names []string
+	for _, p := range h.all() {
+		if p.mayBeRuntime() {
+			names = append(names, p.name)
+		}
+	}
+	return names
+}
+
+// Runtime returns the runtime of that name. It stays good when the plugin's
+// process is replaced: calls while there is none fail with sdk.Unavailable.
+// Errors: sdk.NotFound when there is no such runtime, sdk.Unavailable while it
+// is down.
+func (h *Host) Runtime(name string) (sdk.Runtime, error) {
+	h.mu.Lock()
+	p := h.plugins[name]
+	h.mu.Unlock()
+	if p == nil {
+		return nil, sdk.Errorf(sdk.NotFound, "find runtime "+name, "this device has no plugin of that name").
+			WithHint("install it into " + h.config.Dir)
+	}
+	r := runtime{p}
+	if _, err := r.now(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// errStopped is the cause of contexts of a host that is being ended.
+var errStopped = errors.New("the agent is stopping")

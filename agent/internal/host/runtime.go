@@ -1,0 +1,128 @@
+package host
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// runtime is an sdk.Runtime that goes to whatever process the plugin has now.
+type runtime struct{ p *plugin }
+
+var _ sdk.Runtime = runtime{}
+
+func (r runtime) now() (sdk.Runtime, error) {
+	r.p.mu.Lock()
+	defer r.p.mu.Unlock()
+	s := r.p.st
+	switch {
+	case r.p.runtime != nil:
+		return r.p.runtime, nil
+	case s.Kinds != nil && !slices.Contains(s.Kinds, sdk.KindRuntime):
+		return nil, sdk.Errorf(sdk.NotFound, "find runtime "+r.p.name, "plugin %s is not a runtime", r.p.name)
+	case s.Error != "":
+		return nil, sdk.Errorf(sdk.Unavailable, "reach runtime "+r.p.name, "plugin %s is %s: %s", r.p.name, s.State, s.Error)
+	}
+	return nil, sdk.Errorf(sdk.Unavailable, "reach runtime "+r.p.name, "plugin %s is %s", r.p.name, s.State)
+}
+
+// Info implements sdk.Runtime.
+func (r runtime) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
+	rt, err := r.now()
+	if err != nil {
+		return sdk.RuntimeInfo{}, err
+	}
+	return rt.Info(ctx)
+}
+
+// PrepareTask implements sdk.Runtime.
+func (r runtime) PrepareTask(ctx context.Context, t sdk.TaskSpec) error {
+	rt, err := r.now()
+	if err != nil {
+		return err
+	}
+	return rt.PrepareTask(ctx, t)
+}
+
+// RemoveTask implements sdk.Runtime.
+func (r runtime) RemoveTask(ctx context.Context, task string) error {
+	rt, err := r.now()
+	if err != nil {
+		return err
+	}
+	return rt.RemoveTask(ctx, task)
+}
+
+// Pull implements sdk.Runtime.
+func (r runtime) Pull(ctx context.Context, q sdk.PullRequest, progress func(sdk.PullProgress)) (sdk.Image, error) {
+	rt, err := r.now()
+	if err != nil {
+		return sdk.Image{}, err
+	}
+	return rt.Pull(ctx, q, progress)
+}
+
+// Start implements sdk.Runtime.
+func (r runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container, error) {
+	rt, err := r.now()
+	if err != nil {
+		return sdk.Container{}, err
+	}
+	return rt.Start(ctx, q)
+}
+
+// Stop implements sdk.Runtime.
+func (r runtime) Stop(ctx context.Context, a sdk.Attempt, grace time.Duration) (sdk.Container, error) {
+	rt, err := r.now()
+	if err != nil {
+		return sdk.Container{}, err
+	}
+	return rt.Stop(ctx, a, grace)
+}
+
+// Remove implements sdk.Runtime.
+func (r runtime) Remove(ctx context.Context, a sdk.Attempt) error {
+	rt, err := r.now()
+	if err != nil {
+		return err
+	}
+	return rt.Remove(ctx, a)
+}
+
+// List implements sdk.Runtime.
+func (r runtime) List(ctx context.Context) (sdk.Inventory, error) {
+	rt, err := r.now()
+	if err != nil {
+		return sdk.Inventory{}, err
+	}
+	return rt.List(ctx)
+}
+
+// Events implements sdk.Runtime. The stream ends with the process.
+func (r runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
+	rt, err := r.now()
+	if err != nil {
+		return err
+	}
+	return rt.Events(ctx, f)
+}
+
+// Stats implements sdk.Runtime.
+func (r runtime) Stats(ctx context.Context, a sdk.Attempt) (sdk.Stats, error) {
+	rt, err := r.now()
+	if err != nil {
+		return sdk.Stats{}, err
+	}
+	return rt.Stats(ctx, a)
+}
+
+// Exec implements sdk.Runtime.
+func (r runtime) Exec(ctx context.Context, q sdk.ExecRequest) (sdk.ExecResult, error) {
+	rt, err := r.now()
+	if err != nil {
+		return sdk.ExecResult{}, err
+	}
+	return rt.Exec(ctx, q)
+}
