@@ -297,9 +297,9 @@ func (g cgroup) oomFile() string {
 	return filepath.Join(d.path, "memory.oom_control")
 }
 
-// signal sends s to every process of the group, its own subgroups included,
-// and says whether there was one.
-func (g cgroup) signal(s syscall.Signal) (any bool) {
+// kill ends every process of the group, its own subgroups included, and says
+// whether there was one.
+func (g cgroup) kill() (any bool) {
 	if len(g) == 0 {
 		return false
 	}
@@ -308,7 +308,7 @@ func (g cgroup) signal(s syscall.Signal) (any bool) {
 			return nil
 		}
 		for _, pid := range record.CgroupPIDs(path) {
-			any = syscall.Kill(pid, s) == nil || any
+			any = syscall.Kill(pid, syscall.SIGKILL) == nil || any
 		}
 		return nil
 	})

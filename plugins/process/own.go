@@ -114,15 +114,30 @@ func (o *ownSupervisor) ended(ctx context.Context, a *attempt) (record.Exit, boo
 	if e, ok := a.exit(); ok {
 		return e, true, nil
 	}
-	_ = o.signal(ctx, a, syscall.SIGKILL) // what a supervisor would have done
+	_ = o.kill(ctx, a) // what a supervisor would have done
 	return record.Exit{Code: -1, Reason: "its supervisor was killed, so nobody saw its exit code"}, true, nil
 }
 
-// signal reaches the cgroup, or without one every process of the program's
+// terminate leaves alone a process that only has the program's number.
+func (o *ownSupervisor) terminate(_ context.Context, a *attempt) error {
+	s, ok := a.started()
+	if !ok {
+		return nil
+	}
+	if p, err := record.ReadProcess(s.PID); err != nil || p.Start != s.Start {
+		return nil
+	}
+	if err := syscall.Kill(s.PID, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return fmt.Errorf("send SIGTERM to process %d: %w", s.PID, err)
+	}
+	return nil
+}
+
+// kill reaches the cgroup, or without one every process of the program's
 // session. A session's number is not reused while a process is in it; a new
 // process with that pid and another start time leads another session.
-func (o *ownSupervisor) signal(_ context.Context, a *attempt, sig syscall.Signal) error {
-	if o.group(a).signal(sig) {
+func (o *ownSupervisor) kill(_ context.Context, a *attempt) error {
+	if o.group(a).kill() {
 		return nil
 	}
 	s, ok := a.started()
@@ -140,8 +155,8 @@ func (o *ownSupervisor) signal(_ context.Context, a *attempt, sig syscall.Signal
 		if p.SID != s.PID {
 			continue
 		}
-		if err := syscall.Kill(p.PID, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
-			return fmt.Errorf("signal process %d: %w", p.PID, err)
+		if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("kill process %d: %w", p.PID, err)
 		}
 	}
 	return nil
@@ -154,7 +169,7 @@ func (o *ownSupervisor) joins(a *attempt, _ int) []string { return o.group(a).jo
 func (o *ownSupervisor) discard(ctx context.Context, a *attempt) error {
 	g := o.group(a)
 	for {
-		g.signal(syscall.SIGKILL)
+		g.kill()
 		if o.holder(a) == 0 {
 			return g.remove()
 		}

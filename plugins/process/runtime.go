@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"syscall"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/process/internal/record"
@@ -248,7 +247,7 @@ func (r *Runtime) discard(ctx context.Context, a *attempt) error {
 		if o.phase == phaseIdle || o.phase == phaseExited {
 			break
 		}
-		if err := sup.signal(ctx, a, syscall.SIGKILL); err != nil {
+		if err := sup.kill(ctx, a); err != nil {
 			return err
 		}
 		if err := pause(ctx, wait); err != nil {
@@ -261,7 +260,8 @@ func (r *Runtime) discard(ctx context.Context, a *attempt) error {
 	return a.forget()
 }
 
-// Stop ends an attempt: SIGTERM, and after grace SIGKILL, to all of it.
+// Stop ends an attempt: SIGTERM to the program, and after grace SIGKILL to all
+// of it.
 func (r *Runtime) Stop(ctx context.Context, id sdk.Attempt, grace time.Duration) (sdk.Container, error) {
 	op := "stop " + id.String()
 	a, o, err := r.find(ctx, op, id)
@@ -269,6 +269,9 @@ func (r *Runtime) Stop(ctx context.Context, id sdk.Attempt, grace time.Duration)
 		return sdk.Container{}, err
 	}
 	if o.phase == phaseIdle {
+		// An earlier failure to start, which a crash kept from being cleaned
+		// up, would make it startable again.
+		_ = os.Remove(filepath.Join(a.dir, record.FailedFile))
 		e, err := a.saveExit(record.Exit{Code: -1, Reason: "stopped before it was started"})
 		return r.container(a, observation{phase: phaseExited, exit: e}), sortOut(op, err)
 	}
@@ -278,24 +281,23 @@ func (r *Runtime) Stop(ctx context.Context, id sdk.Attempt, grace time.Duration)
 	}
 	killAt := time.NewTimer(max(grace, 0))
 	defer killAt.Stop()
-	signal := syscall.SIGTERM
-	if grace <= 0 {
-		signal = syscall.SIGKILL
-	}
-	sent := false
+	asked, kill := false, grace <= 0
 	for wait := 2 * time.Millisecond; o.phase != phaseExited; wait = min(2*wait, 50*time.Millisecond) {
-		// SIGKILL again and again: a process may fork while it is sent.
-		if !sent || signal == syscall.SIGKILL {
-			if err := sup.signal(ctx, a, signal); err != nil {
-				return sdk.Container{}, sortOut(op, err)
-			}
-			sent = o.phase == phaseRunning
+		var err error
+		switch {
+		case kill: // again and again: a process may fork meanwhile
+			err = sup.kill(ctx, a)
+		case !asked && o.phase == phaseRunning:
+			asked, err = true, sup.terminate(ctx, a)
+		}
+		if err != nil {
+			return sdk.Container{}, sortOut(op, err)
 		}
 		again := time.NewTimer(wait)
 		select {
 		case <-again.C:
 		case <-killAt.C:
-			signal = syscall.SIGKILL
+			kill = true
 		case <-ctx.Done():
 			again.Stop()
 			return sdk.Container{}, sortOut(op, ctx.Err())

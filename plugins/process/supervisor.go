@@ -2,7 +2,6 @@ package process
 
 import (
 	"context"
-	"syscall"
 
 	"github.com/belay-edge/belay/plugins/process/internal/record"
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -44,8 +43,11 @@ type supervisor interface {
 	settled(ctx context.Context, a *attempt) (done bool, watch int, err error)
 	// watched is the process to wait for while the program runs.
 	watched(a *attempt, program int) int
-	// signal reaches every process of the attempt.
-	signal(ctx context.Context, a *attempt, s syscall.Signal) error
+	// terminate asks the program to end: SIGTERM to it alone, as to the first
+	// process of a container. To all would hit what its handler has begun.
+	terminate(ctx context.Context, a *attempt) error
+	// kill ends every process of the attempt.
+	kill(ctx context.Context, a *attempt) error
 	// joins are the cgroup.procs files for a process beside the program.
 	joins(a *attempt, program int) []string
 	// discard forgets what was made for an attempt, which has exited.

@@ -272,7 +272,7 @@ func (s *systemdSupervisor) ended(ctx context.Context, a *attempt) (record.Exit,
 		return record.Exit{}, false, nil // systemd has not got to it yet
 	}
 	// A unit that remains after its exit keeps the processes its program left.
-	if err := s.signal(ctx, a, syscall.SIGKILL); err != nil {
+	if err := s.kill(ctx, a); err != nil {
 		return record.Exit{}, false, err
 	}
 	e := record.Exit{Code: u.status}
@@ -288,13 +288,21 @@ func (s *systemdSupervisor) ended(ctx context.Context, a *attempt) (record.Exit,
 	return e, true, nil
 }
 
-func (s *systemdSupervisor) signal(ctx context.Context, a *attempt, sig syscall.Signal) error {
+func (s *systemdSupervisor) terminate(ctx context.Context, a *attempt) error {
+	return s.signal(ctx, a, sd.Main, syscall.SIGTERM)
+}
+
+func (s *systemdSupervisor) kill(ctx context.Context, a *attempt) error {
+	return s.signal(ctx, a, sd.All, syscall.SIGKILL)
+}
+
+func (s *systemdSupervisor) signal(ctx context.Context, a *attempt, who sd.Who, sig syscall.Signal) error {
 	conn, err := s.bus(ctx)
 	if err != nil {
 		return err
 	}
-	err = conn.KillUnitWithTarget(ctx, a.meta.Unit, sd.All, int32(sig))
-	if err != nil && !busError(err, "NoSuchUnit", "NoSuchProcess") {
+	err = conn.KillUnitWithTarget(ctx, a.meta.Unit, who, int32(sig))
+	if err != nil && !busError(err, "NoSuchUnit", "NoSuchProcess", "UnixProcessIdUnknown") {
 		return sdk.Errorf(sdk.Unavailable, "signal "+a.meta.Unit, "%w", err)
 	}
 	return nil
