@@ -2,7 +2,11 @@ package images
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
+	"net/http"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -18,7 +22,7 @@ type Target struct {
 	PlainHTTP          bool
 	Username, Password string
 	Tag                string // empty: "1"
-	Remote             []remote.Option
+	CA                 []byte // PEM of the CA that signed the registry's certificate; nil: the system's
 }
 
 // Push builds images and pushes them as REGISTRY/NAME:TAG. It returns the
@@ -31,11 +35,22 @@ func Push(ctx context.Context, t Target, o Options, names ...string) (map[string
 	if t.PlainHTTP {
 		nopts = append(nopts, name.Insecure)
 	}
-	ropts := append([]remote.Option{remote.WithContext(ctx)}, t.Remote...)
+	ropts := []remote.Option{remote.WithContext(ctx)}
+	if t.CA != nil {
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(t.CA) {
+			return nil, errors.New("the registry's CA is no PEM certificate")
+		}
+		tr := remote.DefaultTransport.(*http.Transport).Clone()
+		tr.TLSClientConfig = &tls.Config{RootCAs: pool}
+		defer tr.CloseIdleConnections()
+		ropts = append(ropts, remote.WithTransport(tr))
+	}
 	if t.Username != "" {
 		ropts = append(ropts, remote.WithAuth(&authn.Basic{Username: t.Username, Password: t.Password}))
 	}
 	digests := map[string]v1.Hash{}
+	o.compiled = map[string][]byte{}
 	for _, n := range names {
 		ref, err := name.ParseReference(fmt.Sprintf("%s/%s:%s", t.Registry, n, t.Tag), nopts...)
 		if err != nil {
@@ -80,6 +95,7 @@ func Layout(ctx context.Context, dir string, o Options, names ...string) (map[st
 		return nil, err
 	}
 	digests := map[string]v1.Hash{}
+	o.compiled = map[string][]byte{}
 	for _, n := range names {
 		opt := layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": n})
 		if n == ForeignSingle {

@@ -55,6 +55,8 @@ type Options struct {
 	HostOnly bool
 	// Busybox is a static busybox; empty: looked up in the usual places.
 	Busybox string
+
+	compiled map[string][]byte // by platform, within one delivery
 }
 
 // created is every image's and every file's time: builds must not differ by it.
@@ -155,6 +157,9 @@ func configured(files []file) ([]file, v1.Config) {
 
 // compile builds the workload for a platform, reproducibly.
 func (o Options) compile(ctx context.Context, p v1.Platform) ([]byte, error) {
+	if b, ok := o.compiled[p.String()]; ok {
+		return b, nil
+	}
 	dir, err := os.MkdirTemp("", "belay-images")
 	if err != nil {
 		return nil, err
@@ -167,7 +172,11 @@ func (o Options) compile(ctx context.Context, p v1.Platform) ([]byte, error) {
 	if b, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("compile workload for %s/%s: %w\n%s", p.OS, p.Architecture, err, b)
 	}
-	return os.ReadFile(out)
+	b, err := os.ReadFile(out)
+	if err == nil && o.compiled != nil {
+		o.compiled[p.String()] = b
+	}
+	return b, err
 }
 
 func foreignIndex() (v1.ImageIndex, error) {

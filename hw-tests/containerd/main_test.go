@@ -89,7 +89,10 @@ func daemons(t *testing.T) (*rig.Containerd, *rig.Registry) {
 	return shared.ctd, shared.registry
 }
 
-var options = images.Options{Root: "../.."}
+var (
+	options  = images.Options{Root: "../.."}
+	hostOnly = images.Options{Root: "../..", HostOnly: true}
+)
 
 // world is one agent's plugin with its directories.
 type world struct {

@@ -38,7 +38,15 @@ func findCgroups(root string) cgroups {
 	for s := bufio.NewScanner(f); s.Scan(); {
 		before, behind, ok := strings.Cut(s.Text(), " - ")
 		left, right := strings.Fields(before), strings.Fields(behind)
-		if !ok || len(left) < 5 || len(right) < 3 || right[0] != "cgroup" || !strings.HasPrefix(left[4], root+"/") {
+		if !ok || len(left) < 5 || len(right) < 3 || !strings.HasPrefix(left[4], root+"/") {
+			continue
+		}
+		if right[0] == "cgroup2" {
+			// A hybrid host's second tree has no controllers, yet runc makes
+			// every cgroup there too.
+			g.mounts["unified"] = left[4]
+		}
+		if right[0] != "cgroup" {
 			continue
 		}
 		for _, o := range strings.Split(right[2], ",") {

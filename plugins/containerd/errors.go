@@ -53,6 +53,12 @@ func (r *Runtime) classify(err error) (kind sdk.ErrorKind, hint string) {
 		return sdk.Exhausted, "free some disk space"
 	case errdefs.IsUnavailable(err), status.Code(err) == codes.Unavailable, has("error reading from server: EOF", "ttrpc: closed"):
 		return sdk.Unavailable, r.daemonHint(msg)
+	case has("OOM-killed", "memory limit too low", "unable to set memory limit", "cannot allocate memory"):
+		return sdk.Invalid, "give the container more memory: it has too little even to start"
+	case has("/proc/sys/"):
+		return sdk.Invalid, "check systemControls: this kernel does not take one of them in a container"
+	case has("chdir to cwd", "mkdir /", "not a directory: unknown") && has("cwd", "not a directory"):
+		return sdk.Invalid, "the working directory is not a directory that the user may enter"
 	case has("executable file not found", "no such file or directory: unknown", "exec format error", "is a directory: unknown", "permission denied: unknown") && has("exec"):
 		switch {
 		case has("exec format error"):
@@ -61,8 +67,6 @@ func (r *Runtime) classify(err error) (kind sdk.ErrorKind, hint string) {
 			return sdk.Invalid, "the command is not an executable file in this image"
 		}
 		return sdk.NotFound, "the command does not exist in this image: check entryPoint and command"
-	case has("OOM-killed", "memory limit too low", "cannot allocate memory"):
-		return sdk.Invalid, "give the container more memory: it has too little even to start"
 	case errors.Is(err, fs.ErrPermission):
 		return sdk.Unavailable, "the agent must run as root"
 	case errdefs.IsNotFound(err):

@@ -303,7 +303,7 @@ func (p *pull) noPlatform(have []string) error {
 	if there == "" {
 		there = "no platform"
 	}
-	return sdk.Errorf(sdk.NotFound, p.op, "the image is not built for %s: there is %s (%w)", platforms.FormatAll(p.want), there, errNoPlatform).
+	return sdk.Errorf(sdk.NotFound, p.op, "the image is not built for %s: there is %s", platforms.FormatAll(p.want), there).
 		WithHint("build the image for this platform, or place the task on a device that has another")
 }
 

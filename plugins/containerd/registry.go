@@ -4,7 +4,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"net/url"
@@ -138,7 +137,7 @@ func (r *Runtime) failPull(op, registry string, hadCredentials bool, err error) 
 		case code >= 500:
 			return with(sdk.Unavailable, "the registry is in trouble: it will be tried again", "registry %s answers %s", registry, answered.Status)
 		default:
-			return with(sdk.Invalid, "check that this is an image registry", "registry %s answers %s", registry, answered.Status)
+			return with(sdk.Unavailable, "check that this is an image registry, and whether it speaks TLS: plain_http says", "registry %s answers %s", registry, answered.Status)
 		}
 	case errors.As(err, &unknownCA):
 		return with(sdk.Unavailable, "set ca for this registry to the PEM file of its CA", "the certificate of registry %s is signed by nobody this device trusts: %w", registry, unknownCA)
@@ -154,7 +153,7 @@ func (r *Runtime) failPull(op, registry string, hadCredentials bool, err error) 
 		return with(sdk.Unavailable, "check that the registry is up and the port is right", "registry %s refuses connections", registry)
 	case errors.As(err, &asked):
 		return with(sdk.Unavailable, "check the network between this device and the registry", "registry %s cannot be reached: %v", registry, rootCause(asked))
-	case errdefs.IsNotFound(err) && !errors.Is(err, errNoPlatform):
+	case errdefs.IsNotFound(err):
 		return with(sdk.NotFound, "check the name and the tag", "registry %s has no such image", registry)
 	}
 	return r.fail(op, err)
@@ -170,5 +169,3 @@ func rootCause(err error) error {
 		err = inner
 	}
 }
-
-var errNoPlatform = fmt.Errorf("no manifest for this platform: %w", errdefs.ErrNotFound)
