@@ -271,15 +271,18 @@ func (s *session) write(ctx context.Context) error {
 		timer    *time.Timer
 		due      <-chan time.Time
 		heard    int64 // frames read when the oldest unanswered one was sent
+		last     int64 // and when the latest one was
 		pings    uint64
 		awaiting bool // the ping, not just any frame
 	)
-	arm := func(d time.Duration) {
+	// arm waits for an answer; before is what was heard before the question
+	// was written, since the answer may be here by now.
+	arm := func(d time.Duration, before int64) {
 		if timer != nil {
 			timer.Stop()
 		}
 		timer = time.NewTimer(d)
-		due, heard = timer.C, s.heard.Load()
+		due, heard = timer.C, before
 	}
 	defer func() {
 		if timer != nil {
@@ -290,12 +293,13 @@ func (s *session) write(ctx context.Context) error {
 		frames := s.news()
 		for {
 			if len(frames) > 0 {
+				last = s.heard.Load()
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 				if err := writeFrames(s.control, frames...); err != nil {
 					return ended(s.conn, err)
 				}
 				if due == nil {
-					arm(unanswered)
+					arm(unanswered, last)
 				}
 			}
 			if frames = s.news(); len(frames) == 0 {
@@ -316,16 +320,21 @@ func (s *session) write(ctx context.Context) error {
 			switch {
 			case s.heard.Load() != heard:
 				awaiting = false
+				if s.heard.Load() == last {
+					// Something was sent since, and that is unanswered.
+					arm(unanswered, last)
+				}
 			case awaiting:
 				return fmt.Errorf("the control plane has not answered for %s", unanswered+lost)
 			default:
 				pings++
 				awaiting = true
+				last = s.heard.Load()
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 				if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
 					return ended(s.conn, err)
 				}
-				arm(lost)
+				arm(lost, last)
 			}
 		}
 	}

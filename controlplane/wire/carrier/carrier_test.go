@@ -165,6 +165,33 @@ func TestCloseEndsTheOtherSide(t *testing.T) {
 	}
 }
 
+// Killed and started again, a control plane tells agents that their sessions
+// are gone as soon as they say something, instead of after wire.Idle.
+func TestAgentNoticesARestart(t *testing.T) {
+	var key [32]byte
+	copy(key[:], "the same from start to start")
+	r := newRig(t, func(c *ListenConfig) { c.ResetKey = key })
+	agent, _ := r.pair(t, wire.TransportQUIC)
+	cfg := r.l.cfg
+	cfg.Address = r.l.Addr().String()
+	_ = r.l.udp.Close() // no last words
+	_ = r.l.Close()
+	again, err := Listen(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	st, err := agent.OpenStream(within(t, 5*time.Second))
+	if err == nil {
+		_, _ = st.Write([]byte("hello?"))
+	}
+	select {
+	case <-agent.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("the agent still believes in its session")
+	}
+}
+
 func TestStreamsPastTheLimitAreRefused(t *testing.T) {
 	r := newRig(t, nil)
 	agent, control := r.pair(t, wire.TransportTCP)

@@ -182,7 +182,9 @@ func classify(err error) error {
 	switch {
 	case errors.As(err, &version), errors.As(err, &record), errors.As(err, &unknown):
 		return fmt.Errorf("%w (%w)", ErrNotControlPlane, err)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
+		// Only after TCP connected: a refused connection reads otherwise.
+		errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		return fmt.Errorf("%w (it closed the connection)", ErrNotControlPlane)
 	case errors.Is(err, context.Canceled):
 		return err

@@ -73,7 +73,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	if cfg.API.Certificate == nil {
 		cfg.API = cfg.Tunnel
 	}
-	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session, 64)}
+	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session)}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	if err := l.bind(); err != nil {
 		l.stop()
@@ -162,23 +162,16 @@ func (l *Listener) Close() error {
 	l.stop()
 	err := errors.Join(l.tcp.Close(), l.quic.Close(), l.tr.Close(), l.udp.Close())
 	l.loops.Wait()
-	_ = l.http.Close()
-	for {
-		select {
-		case s := <-l.found:
-			s.Close(wire.CodeShutdown, "the control plane is shutting down")
-		default:
-			return err
-		}
-	}
+	return err
 }
 
-// deliver never blocks a loop: with no one to take it, a session is refused.
+// deliver waits for whoever calls Accept: what piles up before it is bounded
+// by MaxConns over TCP, and by quic-go's own queue, which refuses, over QUIC.
 func (l *Listener) deliver(s wire.Session) {
 	select {
 	case l.found <- s:
-	default:
-		s.Close(wire.CodeOverloaded, "the control plane is busy, try again")
+	case <-l.ctx.Done():
+		s.Close(wire.CodeShutdown, "the control plane is shutting down")
 	}
 }
 
@@ -298,19 +291,15 @@ type httpListener struct {
 }
 
 func newHTTPListener(ctx context.Context, addr net.Addr) *httpListener {
-	h := &httpListener{addr: addr, conns: make(chan net.Conn, 64)}
+	h := &httpListener{addr: addr, conns: make(chan net.Conn)}
 	h.done, h.close = context.WithCancel(ctx)
 	return h
 }
 
 func (h *httpListener) deliver(c net.Conn) {
-	if h.done.Err() != nil {
-		_ = c.Close()
-		return
-	}
 	select {
 	case h.conns <- c:
-	default:
+	case <-h.done.Done():
 		_ = c.Close()
 	}
 }
@@ -326,14 +315,7 @@ func (h *httpListener) Accept() (net.Conn, error) {
 
 func (h *httpListener) Close() error {
 	h.close()
-	for {
-		select {
-		case c := <-h.conns:
-			_ = c.Close()
-		default:
-			return nil
-		}
-	}
+	return nil
 }
 
 func (h *httpListener) Addr() net.Addr { return h.addr }

@@ -125,6 +125,8 @@ func (s *quicStream) Close() error {
 	return nil
 }
 
+var errClosedByPeer = errors.New("the other side closed the session")
+
 // translate turns the end of a session by either side into a *wire.Error and
 // leaves the rest (io.EOF among them) alone.
 func translate(err error) error {
@@ -134,6 +136,9 @@ func translate(err error) error {
 	}
 	code := wire.CodeOfNumber(uint64(closed.ErrorCode))
 	if code == "" && closed.ErrorMessage == "" {
+		if closed.Remote {
+			return errClosedByPeer
+		}
 		return net.ErrClosed
 	}
 	return &wire.Error{Code: code, Message: closed.ErrorMessage}
