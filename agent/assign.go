@@ -24,7 +24,7 @@ func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Ass
 		for _, t := range s.Tasks {
 			// Absence speaks only for the incarnation that named the task:
 			// after a restore from backup it stops nothing.
-			if !named[t.ID] && t.Origin == incarnation && !t.removed() {
+			if !named[t.ID] && s.speaksFor(incarnation, t) && !t.removed() {
 				t.wish(&Desired{Status: Stopped, Reason: "The control plane no longer knows the task", Sequence: sequence, Removed: true})
 			}
 		}
@@ -45,6 +45,16 @@ func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Ass
 		s.resync = false
 	}
 	return nil
+}
+
+// speaksFor says whether an incarnation is the one that named the task. A
+// task without a name on record is one whose set was cut short before it was
+// taken over: with nothing damaged, it is of the incarnation held.
+func (s *State) speaksFor(incarnation string, t *Task) bool {
+	if t.Origin == "" && s.trusted {
+		return s.Applied.Incarnation == "" || s.Applied.Incarnation == incarnation
+	}
+	return t.Origin == incarnation
 }
 
 func (s *State) assignOne(j Journal, incarnation string, a *wire.Assignment) error {

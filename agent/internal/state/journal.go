@@ -13,8 +13,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/belay-edge/belay/agent"
 	"github.com/belay-edge/belay/controlplane/wire"
@@ -88,6 +91,13 @@ func (j *Journal) SaveAssignment(a *wire.Assignment) error {
 	if err != nil {
 		return fmt.Errorf("save assignment of task %s: %w", id, err)
 	}
+	if j.forgotten[id] {
+		// Else the note that it was forgotten would remove it: at the next
+		// start, or when the log is rewritten.
+		if err := j.append(entry{Record: agent.Record{Task: id}, Kept: true}); err != nil {
+			return fmt.Errorf("save assignment of task %s: %w", id, err)
+		}
+	}
 	dir := filepath.Join(tasksDir, id)
 	if err := j.fs.mkdir(dir); err != nil {
 		return fmt.Errorf("save assignment of task %s: %w", id, err)
@@ -97,12 +107,6 @@ func (j *Journal) SaveAssignment(a *wire.Assignment) error {
 	}
 	if err := j.fs.syncDir(tasksDir); err != nil {
 		return fmt.Errorf("save assignment of task %s: %w", id, err)
-	}
-	if j.forgotten[id] {
-		// Else the note that it was forgotten would remove it at the next start.
-		if err := j.append(entry{Record: agent.Record{Task: id}, Kept: true}); err != nil {
-			return fmt.Errorf("save assignment of task %s: %w", id, err)
-		}
 	}
 	j.live.task(id).assignment = a
 	return nil
@@ -206,13 +210,21 @@ func (j *Journal) ForgetTask(id string) error {
 
 func (j *Journal) removeTask(id string) error {
 	dir := filepath.Join(tasksDir, id)
-	for _, name := range []string{filepath.Join(dir, assignment+tmpSuffix), filepath.Join(dir, assignment), dir} {
-		if err := j.fs.remove(name); err != nil {
+	for _, step := range []func() error{
+		func() error { return j.fs.remove(filepath.Join(dir, assignment+tmpSuffix)) },
+		func() error { return j.fs.remove(filepath.Join(dir, assignment)) },
+		func() error {
+			if err := j.fs.syncDir(dir); !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			return nil
+		},
+		func() error { return j.fs.remove(dir) },
+		func() error { return j.fs.syncDir(tasksDir) },
+	} {
+		if err := step(); err != nil {
 			return fmt.Errorf("remove the assignment of task %s: %w", id, err)
 		}
-	}
-	if err := j.fs.syncDir(tasksDir); err != nil {
-		return fmt.Errorf("remove the assignment of task %s: %w", id, err)
 	}
 	return nil
 }
@@ -220,20 +232,24 @@ func (j *Journal) removeTask(id string) error {
 // compact writes a new log of what still counts and puts it in the old one's
 // place.
 func (j *Journal) compact() error {
+	// A note that a task was forgotten goes only with its assignment.
+	var entries []entry
+	kept := map[string]bool{}
+	for _, id := range slices.Sorted(maps.Keys(j.forgotten)) {
+		if err := j.removeTask(id); err != nil {
+			kept[id] = true
+			entries = append(entries, entry{Record: agent.Record{Task: id}, Forget: true})
+		}
+	}
 	b := newLog()
-	for _, e := range j.live.entries() {
+	for _, e := range append(entries, j.live.entries()...) {
 		var err error
 		if b, err = appendFrame(b, e); err != nil {
 			return err
 		}
 	}
-	// A note that a task was forgotten goes only with its assignment.
-	for id := range j.forgotten {
-		if err := j.removeTask(id); err != nil {
-			return err
-		}
-	}
 	if err := j.replace(logName, b); err != nil {
+		j.rewrite = true // the open file may be one without a name by now
 		return err
 	}
 	f, err := j.fs.open(logName)
@@ -245,6 +261,6 @@ func (j *Journal) compact() error {
 		_ = j.log.Close() // of a file that is gone
 	}
 	j.log, j.size, j.liveSize, j.rewrite = f, int64(len(b)), int64(len(b)), false
-	clear(j.forgotten)
+	j.forgotten = kept
 	return nil
 }

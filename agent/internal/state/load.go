@@ -1,6 +1,7 @@
 package state
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -160,7 +161,8 @@ func (j *Journal) settle(raw []byte, log replayed) error {
 	if err == nil {
 		return nil
 	}
-	if len(raw) >= logHeader && len(log.damage) == 0 {
+	now, rerr := j.fs.read(logName)
+	if rerr == nil && bytes.Equal(now, raw) && len(raw) >= logHeader && len(log.damage) == 0 {
 		// No room for a new one: go on with the old, its torn tail cut off.
 		f, oerr := j.fs.open(logName)
 		if oerr == nil {
