@@ -171,11 +171,7 @@ func (p *plugin) launch(ctx context.Context) (*sdkhost.Plugin, error) {
 		}
 	}
 	// Sockets of an agent that was killed.
-	if old, err := filepath.Glob(filepath.Join(c.RunDir, "plugin-dir*")); err == nil {
-		for _, d := range old {
-			_ = os.RemoveAll(d)
-		}
-	}
+	sdkhost.RemoveSockets(c.RunDir)
 	t := p.host.config.Timing
 	return sdkhost.Launch(ctx, sdkhost.Options{
 		Path: p.path, Name: p.name, SocketDir: c.RunDir, Config: c,

@@ -9,20 +9,17 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"os/exec"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
 
-	hclog "github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
-	"github.com/hashicorp/go-plugin/runner"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
@@ -67,218 +64,6 @@ type Plugin struct {
 	alive   context.Context // ends when the process has
 	closing sync.Once
 	closed  chan struct{}
-}
-
-// Launch starts the executable, checks what it is and configures it. When it
-// fails nothing is left running. ctx bounds the launch, not the plugin.
-func Launch(ctx context.Context, o Options) (*Plugin, error) {
-	if o.Logger == nil {
-		o.Logger = slog.Default()
-	}
-	if o.StartTimeout == 0 {
-		o.StartTimeout = 10 * time.Second
-	}
-	if o.CloseTimeout == 0 {
-		o.CloseTimeout = 4 * time.Second
-	}
-	if err := checkFile(o.Path); err != nil {
-		return nil, err
-	}
-	if err := checkSocketDir(o.SocketDir); err != nil {
-		return nil, failed(sdk.Invalid, err, o.Path, "", "%v", err)
-	}
-	ctx, cancel := context.WithTimeout(ctx, o.StartTimeout)
-	defer cancel()
-
-	cmd := exec.Command(o.Path, o.Args...)
-	cmd.Env = append(environment(os.Environ()), o.Env...)
-	p := &Plugin{
-		opts:   o,
-		proc:   newProcess(cmd),
-		stderr: &stderrLog{log: o.Logger.With("plugin", pluginName(o))},
-		closed: make(chan struct{}),
-	}
-	if err := p.connect(ctx); err != nil {
-		return nil, err
-	}
-	if err := p.introduce(ctx); err != nil {
-		p.Kill()
-		return nil, err
-	}
-	return p, nil
-}
-
-func pluginName(o Options) string {
-	if o.Name != "" {
-		return o.Name
-	}
-	return o.Path[strings.LastIndexByte(o.Path, '/')+1:]
-}
-
-func checkSocketDir(dir string) error {
-	st, err := os.Stat(dir)
-	switch {
-	case err != nil:
-		return fmt.Errorf("socket directory: %w", err)
-	case !st.IsDir():
-		return fmt.Errorf("socket directory %s is not a directory", dir)
-	case st.Mode().Perm()&0o077 != 0:
-		return fmt.Errorf("socket directory %s has mode %04o, want 0700: others could talk to the plugin", dir, st.Mode().Perm())
-	}
-	// What go-plugin and serve append.
-	return handshake.CheckSocketPath(dir + "/plugin-dir1234567890/s1234567890/p")
-}
-
-// environment keeps what programs need and drops what is the host's own
-// affair: its systemd sockets and watchdog, its tokens.
-func environment(host []string) []string {
-	keep := []string{"PATH", "HOME", "TMPDIR", "TZ", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR",
-		"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-		"GODEBUG", "GOTRACEBACK", "GOCOVERDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"}
-	var env []string
-	for _, kv := range host {
-		if name, _, _ := strings.Cut(kv, "="); slices.Contains(keep, name) {
-			env = append(env, kv)
-		}
-	}
-	return env
-}
-
-// connect brings the process up to the point where it answers calls.
-func (p *Plugin) connect(ctx context.Context) error {
-	alive, ended := context.WithCancel(context.Background())
-	p.alive = alive
-	dispensed := &connection{}
-	p.client = goplugin.NewClient(&goplugin.ClientConfig{
-		HandshakeConfig:  goplugin.HandshakeConfig{MagicCookieKey: handshake.CookieKey, MagicCookieValue: handshake.CookieValue},
-		VersionedPlugins: map[int]goplugin.PluginSet{sdk.ProtocolVersion: {"belay": dispensed}},
-		AllowedProtocols: []goplugin.Protocol{goplugin.ProtocolGRPC},
-		RunnerFunc: func(_ hclog.Logger, cmd *exec.Cmd, _ string) (runner.Runner, error) {
-			p.proc.cmd.Env = append(p.proc.cmd.Env, cmd.Env...)
-			return p.proc, nil
-		},
-		SkipHostEnv:      true,
-		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: p.opts.SocketDir},
-		StartTimeout:     p.opts.StartTimeout + time.Minute, // ctx is what counts
-		Stderr:           p.stderr,
-		Logger:           hclog.NewNullLogger(), // every failure is in our own errors
-		GRPCDialOptions: []grpc.DialOption{
-			grpc.WithContextDialer(p.dial),
-			grpc.WithReadBufferSize(4 << 10), grpc.WithWriteBufferSize(4 << 10), grpc.WithSharedWriteBuffer(true),
-		},
-	})
-
-	unhook := context.AfterFunc(ctx, func() { _ = p.proc.Kill(context.Background()) })
-	defer unhook()
-	go func() { <-p.proc.exited; ended() }()
-
-	addr, err := p.client.Start()
-	if err == nil {
-		p.addr = addr
-		var rpc goplugin.ClientProtocol
-		if rpc, err = p.client.Client(); err == nil {
-			_, err = rpc.Dispense("belay")
-		}
-	}
-	if err == nil {
-		p.conn = dispensed.conn
-		return nil
-	}
-	if p.proc.pid() == 0 {
-		p.client.Kill()
-		close(p.proc.exited) // nothing will
-		return explainExec(p.opts.Path, err)
-	}
-	timedOut := ctx.Err()
-	// A plugin that just exited is given a moment, so that its own exit and
-	// words are reported and not our kill.
-	if p.proc.firstLine() == "" && timedOut == nil {
-		select {
-		case <-p.proc.exited:
-		case <-time.After(lingering):
-		}
-	}
-	explained := p.explainStart(err, timedOut)
-	p.Kill()
-	if errors.Is(explained, ErrExited) {
-		explained = p.explainStart(err, timedOut) // now with all of stderr
-	}
-	return explained
-}
-
-// explainStart says why there was no usable handshake.
-func (p *Plugin) explainStart(err, ctxErr error) error {
-	path, line := p.opts.Path, p.proc.firstLine()
-	version, isHandshake := handshake.ParseVersion(line)
-	switch {
-	case isHandshake && version != sdk.ProtocolVersion:
-		return failed(sdk.Invalid, ErrVersion, path, "install a plugin and an agent of versions that fit",
-			"the plugin speaks plugin protocol %d, this agent speaks %d", version, sdk.ProtocolVersion)
-	case isHandshake:
-		return failed(sdk.Unavailable, err, path, "", "no connection to the plugin's socket: %v", err)
-	case line != "":
-		return failed(sdk.Invalid, ErrNotPlugin, path, "it is a program, but not a Belay plugin", "the first line it printed is not a plugin's: %.100q", line)
-	case errors.Is(ctxErr, context.Canceled):
-		return failed(sdk.Canceled, ctxErr, path, "", "given up by the caller")
-	case ctxErr != nil:
-		return failed(sdk.Deadline, ErrTimeout, path, "it may be no plugin, or hang", "no handshake within %s%s", p.opts.StartTimeout, p.said())
-	case p.hasExited():
-		return failed(sdk.Unavailable, ErrExited, path, "", "it ended before it was ready: %s%s", p.exitStatus(), p.said())
-	}
-	return failed(sdk.Invalid, ErrNotPlugin, path, "it is a program, but not a Belay plugin", "it closed its output without a handshake%s", p.said())
-}
-
-func (p *Plugin) said() string {
-	lines := p.stderr.tail()
-	if len(lines) == 0 {
-		return "; it wrote nothing to stderr"
-	}
-	return "; its last words: " + strings.Join(lines, " / ")
-}
-
-// introduce asks who it is and configures it.
-func (p *Plugin) introduce(ctx context.Context) error {
-	c := pluginpb.NewPluginClient(p.conn)
-	cctx, done := p.call(ctx)
-	defer done()
-	d, err := c.Describe(cctx, &pluginpb.DescribeRequest{})
-	if err != nil {
-		return p.explainCall(ctx, "describe", err)
-	}
-	p.info = bridge.FromInfo(d)
-	if want := p.opts.Name; want != "" && p.info.Name != want {
-		return failed(sdk.Invalid, ErrName, p.opts.Path, fmt.Sprintf("rename the file to %q", p.info.Name),
-			"the file is called %q, the plugin in it %q: they must be the same", want, p.info.Name)
-	}
-	if !handshake.ValidName(p.info.Name) {
-		return failed(sdk.Invalid, ErrName, p.opts.Path, "", "the plugin calls itself %q: want 1 to 63 of a-z, 0-9 and -", p.info.Name)
-	}
-	if _, err := c.Configure(cctx, bridge.ToConfig(p.opts.Config)); err != nil {
-		return p.explainCall(ctx, "configure", err)
-	}
-	return nil
-}
-
-func (p *Plugin) explainCall(ctx context.Context, op string, err error) error {
-	op = op + " plugin " + pluginName(p.opts)
-	select {
-	case <-p.proc.exited:
-	case <-time.After(20 * time.Millisecond): // a broken connection is seen before the exit that broke it
-	}
-	e := p.explain(ctx, op, err)
-	var se *sdk.Error
-	if p.hasExited() && errors.As(e, &se) {
-		return failed(sdk.Unavailable, ErrExited, p.opts.Path, "", "it ended during %s: %s%s", op, p.exitStatus(), p.said())
-	}
-	if errors.As(e, &se) {
-		if se.Op == "" {
-			se.Op = op
-		}
-		if se.Kind == sdk.Deadline {
-			se.Err = errors.Join(ErrTimeout, se.Err)
-		}
-	}
-	return e
 }
 
 // Info is what the plugin said about itself.
@@ -350,18 +135,31 @@ func (p *Plugin) Close(ctx context.Context) {
 	p.closing.Do(func() {
 		go func() {
 			defer close(p.closed)
+			p.askToEnd()
+			_ = p.proc.Kill(context.Background())
 			p.client.Kill()
 		}()
 	})
-	grace := time.NewTimer(p.opts.CloseTimeout)
-	defer grace.Stop()
 	select {
 	case <-p.closed:
 	case <-ctx.Done():
-	case <-grace.C:
+		_ = p.proc.Kill(context.Background())
+		<-p.closed
 	}
-	_ = p.proc.Kill(context.Background())
-	<-p.closed
+}
+
+// askToEnd waits for the end no longer than CloseTimeout. go-plugin's own
+// request would wait for ever on a process that hangs, and its patience with
+// one that does not is too short to undo half a Start.
+func (p *Plugin) askToEnd() {
+	if p.conn == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(p.alive, p.opts.CloseTimeout)
+	defer cancel()
+	_ = p.conn.Invoke(ctx, handshake.ShutdownMethod, &emptypb.Empty{}, &emptypb.Empty{})
+	p.proc.lifeline.Close() // for plugins that watch only this
+	<-ctx.Done()
 }
 
 // Kill ends the process without asking and returns once it is gone.
@@ -393,63 +191,4 @@ func (p *Plugin) explain(ctx context.Context, op string, err error) error {
 		return sdk.Errorf(sdk.Unavailable, op, "plugin %s is ending", pluginName(p.opts))
 	}
 	return e
-}
-
-// dial connects to the plugin's socket and checks that what listens there
-// runs as the user we started it as.
-func (p *Plugin) dial(ctx context.Context, _ string) (net.Conn, error) {
-	if p.alive.Err() != nil {
-		return nil, errors.New("the plugin has ended")
-	}
-	var d net.Dialer
-	c, err := d.DialContext(ctx, p.addr.Network(), p.addr.String())
-	if err != nil {
-		return nil, err
-	}
-	// The kernel closes it too, unless a program the plugin started inherited
-	// the other end: then every call would wait for ever.
-	context.AfterFunc(p.alive, func() { c.Close() })
-	if u, ok := c.(*net.UnixConn); ok {
-		if err := checkPeer(u); err != nil {
-			c.Close()
-			return nil, err
-		}
-	}
-	return c, nil
-}
-
-func checkPeer(c *net.UnixConn) error {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
-	}
-	if credErr != nil {
-		return credErr
-	}
-	if int(cred.Uid) != os.Geteuid() {
-		return fmt.Errorf("the plugin's socket is served by user %d, not by the user %d it was started as", cred.Uid, os.Geteuid())
-	}
-	return nil
-}
-
-// connection is the go-plugin "plugin" that hands out its gRPC connection.
-type connection struct {
-	goplugin.NetRPCUnsupportedPlugin
-	conn *grpc.ClientConn
-}
-
-// GRPCServer is the plugin side's; never called here.
-func (*connection) GRPCServer(*goplugin.GRPCBroker, *grpc.Server) error {
-	return errors.New("not served from here")
-}
-
-// GRPCClient implements goplugin.GRPCPlugin.
-func (c *connection) GRPCClient(_ context.Context, _ *goplugin.GRPCBroker, conn *grpc.ClientConn) (any, error) {
-	c.conn = conn
-	return c, nil
 }

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	goruntime "runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -254,10 +255,24 @@ func TestLaunchSaysWhatIsWrong(t *testing.T) {
 					t.Errorf("error lacks %q: %v", w, err)
 				}
 			}
-			if left, _ := filepath.Glob(filepath.Join(o.SocketDir, "plugin-dir*")); len(left) > 0 {
-				t.Errorf("left behind: %v", left)
-			}
+			noSockets(t, o.SocketDir)
 		})
+	}
+}
+
+// noSockets waits for the directory to hold what it held before.
+func noSockets(t *testing.T, dir string) {
+	t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		left, _ := filepath.Glob(filepath.Join(dir, "[^l]*")) // but for the lock
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("left behind: %v", left)
+		}
+		<-time.After(5 * time.Millisecond)
 	}
 }
 
@@ -278,7 +293,7 @@ func TestSocketDirMustBePrivate(t *testing.T) {
 	if _, err := host.Launch(t.Context(), o); err == nil || !strings.Contains(err.Error(), "0755, want 0700") {
 		t.Errorf("got %v", err)
 	}
-	o.SocketDir = filepath.Join(t.TempDir(), strings.Repeat("x", 80))
+	o.SocketDir = filepath.Join(t.TempDir(), strings.Repeat("x", 100))
 	if err := os.Mkdir(o.SocketDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +303,13 @@ func TestSocketDirMustBePrivate(t *testing.T) {
 }
 
 func TestDeathFailsCallsAtOnce(t *testing.T) {
-	p := launch(t, "hangs")
+	o := options(t, "hangs")
+	dir := o.SocketDir
+	p, err := host.Launch(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Kill)
 	r := runtime(t, p)
 	failed := make(chan error, 1)
 	go func() { _, err := r.List(context.Background()); failed <- err }()
@@ -317,6 +338,8 @@ func TestDeathFailsCallsAtOnce(t *testing.T) {
 	if _, err := r.Info(t.Context()); !errors.Is(err, sdk.Unavailable) {
 		t.Errorf("a call after the exit: %v", err)
 	}
+	p.Close(t.Context())
+	noSockets(t, dir)
 }
 
 func TestHungPluginIsBoundedByTheCaller(t *testing.T) {
@@ -395,6 +418,45 @@ func TestOutputIsLogged(t *testing.T) {
 	}
 	if strings.Contains(log.String(), "msg=config") {
 		t.Errorf("debug lines are logged at another level:\n%s", log.String())
+	}
+}
+
+// An agent launches for years: nothing of a process that is gone may stay.
+func TestLaunchesLeakNothing(t *testing.T) {
+	count := func() (goroutines, files int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return goruntime.NumGoroutine(), len(fds)
+	}
+	once := func() {
+		p := launch(t, "good")
+		p.Close(t.Context())
+		p = launch(t, "good")
+		p.Kill()
+		for _, mode := range []string{"exits", "babbles", "version99"} {
+			if _, err := host.Launch(t.Context(), options(t, mode)); err == nil {
+				t.Fatalf("%s: no error", mode)
+			}
+		}
+	}
+	once()
+	goroutines, files := count()
+	for range 3 {
+		once()
+	}
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		g, f := count()
+		if g <= goroutines && f <= files {
+			return
+		}
+		if time.Now().After(deadline) {
+			buf := make([]byte, 64<<10)
+			t.Fatalf("%d goroutines and %d files, were %d and %d\n%s", g, f, goroutines, files, buf[:goruntime.Stack(buf, true)])
+		}
+		<-time.After(20 * time.Millisecond)
 	}
 }
 

@@ -13,13 +13,14 @@ package serve
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -85,7 +86,8 @@ func run(p sdk.Plugin, stdout, stderr *os.File) int {
 // Options of Run. The zero value serves on a socket in the temp directory and
 // prints the handshake line to stdout.
 type Options struct {
-	// Dir is where the socket is made; "" is the temp directory.
+	// Dir is where the socket is made; "" is a new one below the temp
+	// directory. Nobody else may be able to reach it.
 	Dir string
 	// HostVersions are those the host speaks, "1,2"; "" when it did not say.
 	HostVersions string
@@ -103,14 +105,21 @@ func Run(ctx context.Context, p sdk.Plugin, o Options) error {
 	if o.Announce == nil {
 		o.Announce = func(line string) error { _, err := fmt.Println(line); return err }
 	}
-	dir, err := os.MkdirTemp(o.Dir, "s")
-	if err != nil {
-		return fmt.Errorf("make the socket's directory: %w", err)
+	dir := o.Dir
+	if dir == "" {
+		var err error
+		if dir, err = os.MkdirTemp("", "belay"); err != nil {
+			return fmt.Errorf("make the socket's directory: %w", err)
+		}
+		defer os.RemoveAll(dir)
 	}
-	defer os.RemoveAll(dir)
-	path := filepath.Join(dir, "p")
+	path := handshake.SocketPath(dir, os.Getpid())
 	if err := handshake.CheckSocketPath(path); err != nil {
 		return err
+	}
+	// Of a process with our id that was killed.
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("make room for the socket: %w", err)
 	}
 	l, err := net.Listen("unix", path)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
+	"github.com/belay-edge/belay/plugins/sdk/internal/handshake"
 	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
 )
 
@@ -114,7 +115,7 @@ func TestProtocol(t *testing.T) {
 	if err = bridge.FromStatus(ctx, "", err); sdk.KindOf(err) != sdk.Internal || !strings.Contains(err.Error(), "panicked") {
 		t.Errorf("a call that panics: %v", err)
 	}
-	if err := conn.Invoke(ctx, "/plugin.GRPCController/Shutdown", &emptypb.Empty{}, &emptypb.Empty{}); err != nil {
+	if err := conn.Invoke(ctx, handshake.ShutdownMethod, &emptypb.Empty{}, &emptypb.Empty{}); err != nil {
 		t.Errorf("Shutdown: %v", err)
 	}
 	select {

@@ -51,7 +51,7 @@ func newServer(done context.Context, stop func(), p sdk.Plugin) *server {
 		grpc.MaxRecvMsgSize(math.MaxInt32), // the host is trusted; a List of everything may be long
 		// One connection with small messages: gRPC's own 32 KB buffers each
 		// way are memory for nothing.
-		grpc.ReadBufferSize(4<<10), grpc.WriteBufferSize(4<<10), grpc.SharedWriteBuffer(true),
+		grpc.ReadBufferSize(4<<10), grpc.WriteBufferSize(4<<10),
 	)
 	h := health.NewServer()
 	h.SetServingStatus(handshake.HealthService, grpc_health_v1.HealthCheckResponse_SERVING)
@@ -64,11 +64,10 @@ func newServer(done context.Context, stop func(), p sdk.Plugin) *server {
 	return s
 }
 
-// controllerDesc is go-plugin's controller service: one call, with which the
-// host asks the process to end. Its stdio and broker services are left out;
-// hosts treat them as optional.
+// controllerDesc is go-plugin's controller service. Its stdio and broker
+// services are left out; hosts treat them as optional.
 var controllerDesc = grpc.ServiceDesc{
-	ServiceName: "plugin.GRPCController",
+	ServiceName: handshake.ControllerService,
 	HandlerType: (*any)(nil),
 	Methods: []grpc.MethodDesc{{
 		MethodName: "Shutdown",

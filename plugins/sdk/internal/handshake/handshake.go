@@ -4,6 +4,7 @@ package handshake
 
 import (
 	"fmt"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -26,12 +27,28 @@ const (
 // HealthService is the name go-plugin asks the health service about.
 const HealthService = "plugin"
 
+// go-plugin's controller service: one call, with which the host asks the
+// process to end.
+const (
+	ControllerService = "plugin.GRPCController"
+	ShutdownMethod    = "/" + ControllerService + "/Shutdown"
+)
+
 const coreVersion = 1
 
 var name = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
 
 // ValidName reports whether s may name a plugin.
 func ValidName(s string) bool { return name.MatchString(s) }
+
+// SocketPrefix begins the names of plugins' sockets, which may share their
+// directory with other files.
+const SocketPrefix = "host."
+
+// SocketPath is short on purpose: see CheckSocketPath.
+func SocketPath(dir string, pid int) string {
+	return filepath.Join(dir, SocketPrefix+strconv.Itoa(pid))
+}
 
 // CheckSocketPath explains what the kernel would call an invalid argument.
 func CheckSocketPath(path string) error {
