@@ -85,7 +85,7 @@ func TestBadConnections(t *testing.T) {
 	})
 	t.Run("wrong CA", func(t *testing.T) {
 		other := newControl(t)
-		refused(t, with("BELAY_CA="+filepath.Join(other.Dir, "ca.pem")), "", 1, []string{"BELAY_CA"}, "cluster", "list")
+		refused(t, with("BELAY_CA="+filepath.Join(other.Dir, "ca.pem")), "", 1, []string{"ca.pem"}, "cluster", "list")
 	})
 	t.Run("agent enrols at what is no control plane", func(t *testing.T) {
 		code, err := c.CLI().Activate(deadline(t, patience), cluster, 1)

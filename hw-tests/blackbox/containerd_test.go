@@ -29,7 +29,7 @@ func TestImagesThatCannotBeHad(t *testing.T) {
 		name, image string
 		want        []string
 	}{
-		{"no-such-image", h.registry.Address + "/no/such:1", []string{"CannotPullContainerError", "no/such:1", "not found"}},
+		{"no-such-image", h.registry.Address + "/no/such:1", []string{"CannotPullContainerError", "no/such:1", "no such image"}},
 		{"no-such-tag", strings.TrimSuffix(h.image("shell"), ":1") + ":none", []string{"CannotPullContainerError", ":none"}},
 		{"wrong-architecture", h.image("foreign"), []string{"CannotPullContainerError", "s390x"}},
 		{"wrong-credentials", h.locked.Address + "/shell:1", []string{"CannotPullContainerError", "credentials"}},

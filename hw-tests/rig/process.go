@@ -100,21 +100,25 @@ func Until(ctx context.Context, p *Process, what string, ok func() error) error 
 	if p != nil {
 		died = p.done
 	}
+	var last error
 	for {
 		err := ok()
 		if err == nil {
 			return nil
 		}
+		if ctx.Err() == nil || last == nil {
+			last = err // what the deadline itself breaks tells nothing
+		}
 		select {
 		case <-tick.C:
 		case <-died:
-			return fmt.Errorf("%s ended while waiting for %s: %v\n%s", p.Name, what, p.err, p.Tail(4096))
+			return fmt.Errorf("%s ended while waiting for %s: %v\n%s", p.Name, what, errors.Join(p.err, last), p.Tail(4096))
 		case <-ctx.Done():
 			tail := ""
 			if p != nil {
 				tail = "\n" + p.Tail(4096)
 			}
-			return fmt.Errorf("waiting for %s: %w; last: %w%s", what, context.Cause(ctx), err, tail)
+			return fmt.Errorf("waiting for %s: %w; last: %w%s", what, context.Cause(ctx), last, tail)
 		}
 	}
 }
