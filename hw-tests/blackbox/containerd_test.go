@@ -54,7 +54,7 @@ func TestImagesThatCannotBeHad(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.await(t, id, "the task to say what it waits for", patience, func(now rig.Task) bool {
-			return !stopped(now) && strings.Contains(now.Note, "refused")
+			return !stopped(now) && strings.Contains(now.Note, "refuses")
 		})
 		// The site's agents give up pulling after a few seconds.
 		end := s.await(t, id, "the task to give up", patience, stopped)

@@ -99,10 +99,14 @@ func refuseRuntime(plugins []controlplane.PluginInfo, d controlplane.Demand) str
 		if pl.Name != d.Runtime || !slices.Contains(pl.Kinds, "runtime") {
 			continue
 		}
+		// A plugin that was up is being relaunched and the device waits for it: a
+		// crash a moment ago is no reason to refuse. One that never was, or that
+		// keeps crashing, is.
+		up := pl.State == "ready" || len(pl.Networks) > 0 && pl.State != "quarantined"
 		switch {
-		case pl.State != "ready" && pl.LastError != "":
+		case !up && pl.LastError != "":
 			return fmt.Sprintf("its runtime plugin %q is %s: %s", pl.Name, pl.State, pl.LastError)
-		case pl.State != "ready":
+		case !up:
 			return fmt.Sprintf("its runtime plugin %q is %s", pl.Name, pl.State)
 		case d.Network != "" && !slices.Contains(pl.Networks, d.Network):
 			return fmt.Sprintf("its runtime plugin %q does networks %s, not %q", pl.Name, cmp.Or(strings.Join(pl.Networks, ", "), "not at all"), d.Network)

@@ -35,9 +35,16 @@ func TestPlaceRefusals(t *testing.T) {
 		{"not connected", func(c *controlplane.Candidate) { c.Connected = false }, "AGENT", "not connected"},
 		{"no such plugin", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Name = "podman" }, "RUNTIME", `no runtime plugin "containerd"`},
 		{"plugin of another kind", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Kinds = []string{"device"} }, "RUNTIME", "no runtime plugin"},
-		{"plugin not ready", func(c *controlplane.Candidate) {
-			c.Facts.Plugins[0].State, c.Facts.Plugins[0].LastError = "failed", "no socket"
+		{"plugin was never up", func(c *controlplane.Candidate) {
+			p := &c.Facts.Plugins[0]
+			p.State, p.LastError, p.Networks = "failed", "no socket", nil
 		}, "RUNTIME", "failed: no socket"},
+		{"plugin quarantined", func(c *controlplane.Candidate) {
+			c.Facts.Plugins[0].State, c.Facts.Plugins[0].LastError = "quarantined", "crashed 5 times"
+		}, "RUNTIME", "quarantined: crashed 5 times"},
+		{"plugin crashed a moment ago", func(c *controlplane.Candidate) {
+			c.Facts.Plugins[0].State, c.Facts.Plugins[0].LastError = "starting", "killed"
+		}, "", ""},
 		{"network not done", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Networks = []string{"host"} }, "RUNTIME", `not "bridge"`},
 		{"another architecture", func(c *controlplane.Candidate) { c.Facts.Attributes["belay.arch"] = "amd64" }, "ATTRIBUTE", "it is amd64, the task is for arm64"},
 		{"CPU taken", func(c *controlplane.Candidate) { c.Used.CPU = 4000 }, "RESOURCE:CPU", "needs 512 CPU units, 96 of its 4096"},
