@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"testing"
 
 	"github.com/belay-edge/belay/plugins/sdk/sdktest"
@@ -20,6 +21,7 @@ const binEnv = "BELAY_TEST_PROCESS_BUILT"
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
+		defer removeCgroups()
 		var err error
 		if built = os.Getenv(binEnv); built != "" {
 			return m.Run()
@@ -49,9 +51,18 @@ func TestMain(m *testing.M) {
 	}())
 }
 
+// cgroupParent is this run's own, so that nothing of it stays behind.
+func cgroupParent() string { return "belay-test-" + strconv.Itoa(os.Getpid()) }
+
+func removeCgroups() {
+	if os.Geteuid() == 0 {
+		_ = exec.Command("find", "/sys/fs/cgroup", "-depth", "-type", "d", "-path", "*/"+cgroupParent()+"*", "-exec", "rmdir", "{}", "+").Run()
+	}
+}
+
 // suite runs the conformance suite of runtimes over the real protocol.
 func suite(t *testing.T, mode string) {
-	config, err := json.Marshal(map[string]string{"supervisor_mode": mode})
+	config, err := json.Marshal(map[string]string{"supervisor_mode": mode, "cgroup_parent": cgroupParent()})
 	if err != nil {
 		t.Fatal(err)
 	}
