@@ -233,10 +233,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 		"the device reboots": func(*rapid.T) {
 			s.reboots++
 			s.ghosts = nil
-			for a, c := range s.runtime.containers {
-				if c.state != sdk.StateRunning {
-					continue
-				}
+			for _, a := range s.runtime.live("", "") {
 				s.runtime.exit(a, nil)
 				if rapid.Bool().Draw(s.t, "forgets") {
 					delete(s.runtime.containers, a)
@@ -251,6 +248,16 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 				t.Skip("enough")
 			}
 			s.assign(false, s.newTask())
+		},
+		"an orphan turns up": func(*rapid.T) {
+			// As after somebody emptied the state directory.
+			a := sdk.Attempt{Task: id(90 + pick(2, "orphan")), Container: "main", Number: 1 + pick(2, "number")}
+			if s.runtime.containers[a] == nil && len(s.runtime.live(a.Task, "")) == 0 {
+				s.runtime.containers[a] = &simContainer{state: sdk.StateRunning, pid: 1}
+				s.runtime.tasks[a.Task] = true
+			}
+			s.boot()
+			s.ghosts = nil
 		},
 		"the set is sent again": func(*rapid.T) { s.assign(true, s.all()...) },
 		"a task is to stop": func(t *rapid.T) {

@@ -72,7 +72,7 @@ func (r *simRuntime) violate(format string, args ...any) {
 func (r *simRuntime) live(task, container string) []sdk.Attempt {
 	var out []sdk.Attempt
 	for a, c := range r.containers {
-		if a.Task == task && (container == "" || a.Container == container) && c.state == sdk.StateRunning {
+		if (task == "" || a.Task == task) && (container == "" || a.Container == container) && c.state == sdk.StateRunning {
 			out = append(out, a)
 		}
 	}
