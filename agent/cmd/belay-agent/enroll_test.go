@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/belay-edge/belay/agent/internal/identity"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
@@ -267,5 +269,33 @@ func TestEnrollWhereNothingCanBeWritten(t *testing.T) {
 	}
 	if asked, _ := c.seen(); len(asked) > 0 {
 		t.Error("asked although the answer could not be kept")
+	}
+}
+
+// A full disk must be noticed before the control plane is asked: its answer
+// could not be kept.
+func TestEnrollOnAFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting a small file system needs root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16k"); err != nil {
+		t.Skipf("no tmpfs can be mounted here: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	if err := os.WriteFile(filepath.Join(dir, "fill"), make([]byte, 64<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	c := newControl(t, accept)
+	state := filepath.Join(dir, "state")
+	code, _, stderr := command(t, "", "enroll", "--state-dir", state, "--activation", c.code(t))
+	if code == 0 || !strings.Contains(stderr, "no space left on device") {
+		t.Errorf("exit %d, %q", code, stderr)
+	}
+	if asked, _ := c.seen(); len(asked) > 0 {
+		t.Error("asked although the answer could not be kept")
+	}
+	if _, err := os.Stat(state); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("left behind: %v", err)
 	}
 }
