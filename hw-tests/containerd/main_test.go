@@ -97,14 +97,13 @@ var (
 
 // world is one agent's plugin with its directories.
 type world struct {
-	t        *testing.T
-	ctd      *rig.Containerd
-	reg      *rig.Registry
-	rt       sdk.Runtime
-	state    string
-	run      string
-	json     string
-	prepared []string
+	t     *testing.T
+	ctd   *rig.Containerd
+	reg   *rig.Registry
+	rt    sdk.Runtime
+	state string
+	run   string
+	json  string
 }
 
 // newWorld makes a plugin in this process. What a test leaves is removed.
