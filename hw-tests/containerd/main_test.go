@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -96,14 +97,13 @@ var (
 
 // world is one agent's plugin with its directories.
 type world struct {
-	t        *testing.T
-	ctd      *rig.Containerd
-	reg      *rig.Registry
-	rt       sdk.Runtime
-	state    string
-	run      string
-	json     string
-	prepared []string
+	t     *testing.T
+	ctd   *rig.Containerd
+	reg   *rig.Registry
+	rt    sdk.Runtime
+	state string
+	run   string
+	json  string
 }
 
 // newWorld makes a plugin in this process. What a test leaves is removed.
@@ -278,6 +278,31 @@ func read(t *testing.T, path string) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+// readIfThere is "" for a file that is not there.
+func readIfThere(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	return string(b)
+}
+
+// parentOf is the process that started pid: of a container, its shim.
+func parentOf(t *testing.T, pid int) int {
+	t.Helper()
+	for line := range strings.Lines(read(t, fmt.Sprintf("/proc/%d/status", pid))) {
+		if v, ok := strings.CutPrefix(line, "PPid:"); ok {
+			n, err := strconv.Atoi(strings.TrimSpace(v))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("process %d has no parent", pid)
+	return 0
 }
 
 // wantExit fails unless the container exited with code.

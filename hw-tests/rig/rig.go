@@ -50,8 +50,8 @@ type daemon struct {
 	stopOnce sync.Once
 }
 
-// launch starts a program. Its output is appended to log. It dies with this
-// process where the kernel can arrange it.
+// launch starts a program in a process group of its own, so that Ctrl-C in a
+// terminal leaves its end to Close. Its output is appended to log.
 func launch(log, name string, args ...string) (*daemon, error) {
 	out, err := os.OpenFile(log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -40,7 +39,6 @@ const usage = `usage: workload COMMAND [ARGUMENT]...
   memory MIB               allocate and touch memory, then sleep
   cpu SECONDS              keep one core busy
   fork COUNT               start COUNT sleeping children, then sleep
-  orphan                   leave a zombie behind and report whether it was reaped
 `
 
 func main() {
@@ -124,10 +122,9 @@ func run(command string, args []string) (int, error) {
 		return 0, cpu(arg(0))
 	case "fork":
 		return 0, fork(arg(0))
-	case "orphan":
-		return 0, orphan()
 	default:
-		return 2, errors.New("no such command\n" + usage)
+		fmt.Fprint(os.Stderr, usage)
+		return 2, errors.New("no such command")
 	}
 	return 0, nil
 }
@@ -314,21 +311,4 @@ func fork(count string) error {
 	}
 	fmt.Printf("started %d\n", n)
 	return forever()
-}
-
-// orphan starts a child that starts a grandchild and exits: whoever is the
-// first process inherits the grandchild and should reap it.
-func orphan() error {
-	out, err := exec.Command("/bin/sh", "-c", "sleep 0.1 >/dev/null 2>&1 & echo $!").Output()
-	if err != nil {
-		return err
-	}
-	path := "/proc/" + strings.TrimSpace(string(out)) + "/stat"
-	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-			fmt.Println("reaped")
-			return nil
-		}
-	}
-	return errors.New("the grandchild is a zombie: nobody reaps")
 }

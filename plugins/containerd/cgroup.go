@@ -189,13 +189,12 @@ func (g cgroups) setMemory(dir string, l sdk.Limits) error {
 }
 
 func (g cgroups) makeUnified(path string, l sdk.Limits) error {
-	// Every level above the task must hand the controllers down.
+	// Every level above the task must hand the controllers down. One that
+	// cannot is noticed below, when its limit's file is missing.
 	at := g.root
 	for part := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
 		for _, c := range []string{"cpu", "cpuset", "io", "memory", "pids"} {
-			if err := write(at, "cgroup.subtree_control", "+"+c); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.EINVAL) {
-				return err
-			}
+			_ = write(at, "cgroup.subtree_control", "+"+c)
 		}
 		at = filepath.Join(at, part)
 		if err := os.Mkdir(at, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
