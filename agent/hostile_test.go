@@ -34,7 +34,6 @@ type simulation struct {
 	reported map[string]*wire.TaskStatus
 	ids      int
 	reboots  int
-	restores bool
 	incarn   string
 }
 
@@ -352,7 +351,7 @@ func (s *simulation) calm() {
 	}
 	deadline := s.clock.now + 30*time.Minute
 	for s.clock.now < deadline {
-		wake := s.settle()
+		s.settle()
 		if len(s.pending) > 0 {
 			for _, p := range s.pending {
 				if p.done == nil {
@@ -374,7 +373,8 @@ func (s *simulation) calm() {
 				s.state.relist(defaultRuntime, s.clock.now)
 			}
 		}
-		if wake = s.settle(); len(s.pending) > 0 {
+		wake := s.settle()
+		if len(s.pending) > 0 {
 			continue
 		}
 		if wake == never {

@@ -15,7 +15,6 @@ import (
 // simRuntime is a runtime that can be as bad as the contract allows. It counts
 // processes: every violation of "started once" is noted.
 type simRuntime struct {
-	boot       int
 	down       bool
 	containers map[sdk.Attempt]*simContainer
 	tasks      map[string]bool

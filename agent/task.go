@@ -32,7 +32,6 @@ type Task struct {
 	changed   uint64 // tick of the last such call's begin or end
 	retry     retry  // of PrepareTask, RemoveTask and forgetting
 	failure   string // definitive: it can never start
-	note      string // of the loop, for a person
 
 	stoppedAt    time.Duration // of this life: when it was seen stopped
 	stopDeadline time.Duration // clean-up after exit may delay STOPPED until then
