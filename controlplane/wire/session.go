@@ -39,6 +39,13 @@ type Session interface {
 	Protocol() string
 }
 
+// Doubter is a Session whose carrier can tell that the other side may be gone
+// before it is sure. Whoever holds it should then ask with a Ping.
+type Doubter interface {
+	// Doubt receives an element each time; nil: never.
+	Doubt() <-chan struct{}
+}
+
 // Stream is one ordered stream of bytes each way. One goroutine may read and
 // one write at the same time.
 type Stream interface {

@@ -15,6 +15,7 @@ const (
 	longCap     = 15 * time.Second // later
 	patience    = 2 * time.Minute
 	refusalCap  = time.Minute // also the most a server may ask for
+	stable      = 3 * time.Second
 )
 
 // backoff says how long to wait before the next try: full jitter under a cap
@@ -34,8 +35,15 @@ func newBackoff(now time.Time, uniform func() float64) *backoff {
 }
 
 // reset is called when a registered session ended, and at no other time: a
-// dial that succeeds proves nothing.
-func (b *backoff) reset(now time.Time) { b.lost, b.tries = now, 0 }
+// dial that succeeds proves nothing. A session that ended at once, because one
+// side cannot work, begins a new patience but no new series: else both would
+// be kept busy by it.
+func (b *backoff) reset(now time.Time, lived time.Duration) {
+	b.lost = now
+	if lived >= stable {
+		b.tries = 0
+	}
+}
 
 func (b *backoff) next(now time.Time, err error) time.Duration {
 	limit := silenceCap

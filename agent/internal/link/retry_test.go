@@ -155,16 +155,35 @@ func TestBackoffStartsAgainOnlyAfterRegistration(t *testing.T) {
 			return nil, carrier.ErrUnreachable
 		}
 		p := newPipe()
+		serve(p, &wire.Welcome{Version: 1, Incarnation: "i"}, func() {
+			<-time.After(time.Minute)
+			p.Close("", "")
+		})
+		return p, nil
+	}
+	bubble(t, next, func(_ *Link, d *dialer, _ *downlink) {
+		<-time.After(2 * time.Minute)
+		synctest.Wait()
+		times := d.asked()
+		before, after := times[19]-times[18], times[20]-times[19]-time.Minute
+		if before < 900*time.Millisecond || after > 110*time.Millisecond {
+			t.Errorf("waited %s before the session, %s after", before, after)
+		}
+	})
+}
+
+// A disk that is full makes every session end at its first assignments.
+func TestSessionsThatEndAtOnceAreNotRepeatedAtOnce(t *testing.T) {
+	next := func(int) (wire.Session, error) {
+		p := newPipe()
 		serve(p, &wire.Welcome{Version: 1, Incarnation: "i"}, func() { p.Close("", "") })
 		return p, nil
 	}
 	bubble(t, next, func(_ *Link, d *dialer, _ *downlink) {
-		<-time.After(time.Minute)
+		<-time.After(10 * time.Minute)
 		synctest.Wait()
-		times := d.asked()
-		before, after := times[19]-times[18], times[20]-times[19]
-		if before < 900*time.Millisecond || after > 110*time.Millisecond {
-			t.Errorf("waited %s before the session, %s after", before, after)
+		if n := len(d.asked()); n < 550 || n > 650 {
+			t.Errorf("%d sessions in ten minutes, want about one a second", n)
 		}
 	})
 }

@@ -28,12 +28,12 @@ func (l *Link) Run(ctx context.Context) error {
 		l.setStatus(func(s *Status) {
 			s.State, s.Transport, s.Address, s.NextTry = StateConnecting, "", "", time.Time{}
 		})
-		registered, err := l.round(ctx)
+		registered, err := l.round(ctx) // when; zero: not
 		if ctx.Err() != nil {
 			break
 		}
-		if registered {
-			back.reset(time.Now())
+		if !registered.IsZero() {
+			back.reset(time.Now(), time.Since(registered))
 		}
 		wait := back.next(time.Now(), err)
 		l.complain(err, wait)
@@ -54,7 +54,7 @@ func (l *Link) Run(ctx context.Context) error {
 
 // round tries every address over every transport allowed until one registers,
 // and serves that session to its end.
-func (l *Link) round(ctx context.Context) (registered bool, err error) {
+func (l *Link) round(ctx context.Context) (registered time.Time, err error) {
 	l.mu.Lock()
 	addresses := l.addresses
 	l.mu.Unlock()
@@ -64,24 +64,25 @@ func (l *Link) round(ctx context.Context) (registered bool, err error) {
 			s, err := l.register(ctx, try, address)
 			if err == nil {
 				l.prefer(address)
-				return true, s.serve(ctx)
+				registered = time.Now()
+				return registered, s.serve(ctx)
 			}
 			failed = append(failed, err)
 			if ctx.Err() != nil {
-				return false, ctx.Err()
+				return registered, ctx.Err()
 			}
 			var refusal *wire.Error
 			if errors.As(err, &refusal) {
 				// The control plane has spoken: another way to it is still
 				// the same control plane.
-				return false, err
+				return registered, err
 			}
 			if errors.Is(err, carrier.ErrWrongPin) {
 				break // so is another transport
 			}
 		}
 	}
-	return false, joined(failed)
+	return registered, joined(failed)
 }
 
 // attempt is one transport and how long it has to register.

@@ -289,6 +289,20 @@ func (s *session) write(ctx context.Context) error {
 			timer.Stop()
 		}
 	}()
+	ping := func() error {
+		pings++
+		awaiting, last = true, s.heard.Load()
+		_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
+		if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
+			return ended(s.conn, err)
+		}
+		arm(lost, last)
+		return nil
+	}
+	var doubt <-chan struct{}
+	if d, ok := s.conn.(wire.Doubter); ok {
+		doubt = d.Doubt()
+	}
 	for {
 		frames := s.news()
 		for {
@@ -315,6 +329,12 @@ func (s *session) write(ctx context.Context) error {
 			if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Pong{Pong: &wire.Pong{Id: id}}}); err != nil {
 				return ended(s.conn, err)
 			}
+		case <-doubt:
+			if due == nil || !awaiting {
+				if err := ping(); err != nil {
+					return err
+				}
+			}
 		case <-due:
 			due = nil
 			switch {
@@ -327,14 +347,9 @@ func (s *session) write(ctx context.Context) error {
 			case awaiting:
 				return fmt.Errorf("the control plane has not answered for %s", unanswered+lost)
 			default:
-				pings++
-				awaiting = true
-				last = s.heard.Load()
-				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
-				if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
-					return ended(s.conn, err)
+				if err := ping(); err != nil {
+					return err
 				}
-				arm(lost, last)
 			}
 		}
 	}

@@ -183,12 +183,29 @@ func TestAgentNoticesARestart(t *testing.T) {
 	defer again.Close()
 	st, err := agent.OpenStream(within(t, 5*time.Second))
 	if err == nil {
-		_, _ = st.Write([]byte("hello?"))
+		// The smallest thing an agent says.
+		_ = wire.WriteFrame(st, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: 1}}})
 	}
 	select {
 	case <-agent.Done():
-	case <-time.After(10 * time.Second):
+	case <-time.After(5 * time.Second):
 		t.Fatal("the agent still believes in its session")
+	}
+}
+
+func TestSilenceRaisesDoubt(t *testing.T) {
+	r := newRig(t, nil)
+	agent, _ := r.pair(t, wire.TransportQUIC)
+	_ = r.l.udp.Close()
+	if st, err := agent.OpenStream(within(t, 5*time.Second)); err == nil {
+		_, _ = st.Write([]byte("hello?"))
+	}
+	select {
+	case <-agent.(wire.Doubter).Doubt():
+	case <-agent.Done():
+		t.Fatal("the session ended by itself")
+	case <-time.After(10 * time.Second):
+		t.Fatal("no doubt")
 	}
 }
 
@@ -293,6 +310,24 @@ func TestClockAndNamesDoNotMatterToTheAgent(t *testing.T) {
 		cfg := r.config(transport)
 		cfg.Address = l.Addr().String()
 		s, err := Dial(within(t, 5*time.Second), cfg)
+		if err != nil {
+			t.Fatalf("%s: %v", transport, err)
+		}
+		s.Close("", "")
+	}
+}
+
+func TestNameWithAnAddressNobodyListensOn(t *testing.T) {
+	ips, err := net.DefaultResolver.LookupNetIP(t.Context(), "ip", "localhost")
+	if err != nil || len(ips) < 2 {
+		t.Skip("localhost has one address here")
+	}
+	r := newRig(t, nil)
+	_, port, _ := net.SplitHostPort(r.l.Addr().String())
+	for _, transport := range transports {
+		cfg := r.config(transport)
+		cfg.Address = "localhost:" + port
+		s, err := Dial(within(t, time.Second), cfg)
 		if err != nil {
 			t.Fatalf("%s: %v", transport, err)
 		}

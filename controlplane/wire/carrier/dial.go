@@ -73,27 +73,60 @@ func dialTCP(ctx context.Context, address string, conf *tls.Config) (wire.Sessio
 	return s, nil
 }
 
-// dialQUIC tries each address of the host in turn, all within ctx.
+// dialQUIC tries the addresses of the host, each a moment after the one before,
+// and takes the first that answers: a UDP port where nobody listens only stays
+// silent, as ::1 does when a control plane listens on 127.0.0.1.
 func dialQUIC(ctx context.Context, address string, conf *tls.Config) (wire.Session, error) {
 	addrs, err := resolve(ctx, address)
 	if err != nil {
 		return nil, err
 	}
-	var failed []error
+	addrs = addrs[:min(len(addrs), maxRace)]
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type outcome struct {
+		s   wire.Session
+		err error
+	}
+	outcomes := make(chan outcome, len(addrs))
 	for i, a := range addrs {
-		share, cancel := shareOf(ctx, len(addrs)-i)
-		s, err := dialQUICAddr(share, a, conf)
-		cancel()
-		if err == nil {
-			return s, nil
+		go func() {
+			t := time.NewTimer(time.Duration(i) * raceStagger)
+			defer t.Stop()
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				outcomes <- outcome{nil, ctx.Err()}
+				return
+			}
+			s, err := dialQUICAddr(ctx, a, conf)
+			outcomes <- outcome{s, err}
+		}()
+	}
+	var failed []error
+	for range addrs {
+		o := <-outcomes
+		if o.err != nil {
+			failed = append(failed, o.err)
+			continue
 		}
-		failed = append(failed, err)
-		if ctx.Err() != nil || errors.Is(err, ErrWrongPin) {
-			break
-		}
+		left := len(addrs) - len(failed) - 1
+		go func() {
+			for range left {
+				if late := <-outcomes; late.s != nil {
+					late.s.Close("", "")
+				}
+			}
+		}()
+		return o.s, nil
 	}
 	return nil, errors.Join(failed...)
 }
+
+const (
+	maxRace     = 4
+	raceStagger = 250 * time.Millisecond
+)
 
 func dialQUICAddr(ctx context.Context, addr netip.AddrPort, conf *tls.Config) (wire.Session, error) {
 	quietQUIC()
@@ -119,8 +152,50 @@ func dialQUICAddr(ctx context.Context, addr netip.AddrPort, conf *tls.Config) (w
 		release()
 		return nil, err
 	}
+	s.doubt = make(chan struct{}, 1)
+	go watchSilence(s)
 	return s, nil
 }
+
+// watchSilence signals doubt when packets were sent and nothing came back for
+// some time. quic-go itself gives up only after wire.Idle, and a control plane
+// that was started again does not reset a connection for packets as small as a
+// keepalive. It may be wrong (an acknowledgement needs no answer, a probe of
+// the path's MTU gets none where it is too big): the answer to a ping decides.
+func watchSilence(s *quicSession) {
+	tick := time.NewTicker(silenceCheck)
+	defer tick.Stop()
+	stats := s.conn.ConnectionStats()
+	sent, received := stats.PacketsSent, stats.PacketsReceived
+	silent := time.Duration(0) // for so long something sent was not answered
+	for {
+		select {
+		case <-s.ended:
+			return
+		case <-tick.C:
+		}
+		stats = s.conn.ConnectionStats()
+		switch {
+		case stats.PacketsReceived != received:
+			sent, received, silent = stats.PacketsSent, stats.PacketsReceived, 0
+		case stats.PacketsSent == sent:
+		default:
+			if silent += silenceCheck; silent < silenceLimit {
+				continue
+			}
+			sent, silent = stats.PacketsSent, 0
+			select {
+			case s.doubt <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+const (
+	silenceCheck = 2 * time.Second
+	silenceLimit = 4 * time.Second
+)
 
 func resolve(ctx context.Context, address string) ([]netip.AddrPort, error) {
 	host, port, err := net.SplitHostPort(address)
@@ -140,15 +215,6 @@ func resolve(ctx context.Context, address string) ([]netip.AddrPort, error) {
 		out = append(out, netip.AddrPortFrom(ip.Unmap(), uint16(number)))
 	}
 	return out, nil
-}
-
-// shareOf leaves as much time for each of n tries.
-func shareOf(ctx context.Context, n int) (context.Context, context.CancelFunc) {
-	deadline, ok := ctx.Deadline()
-	if !ok || n <= 1 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithTimeout(ctx, time.Until(deadline)/time.Duration(n))
 }
 
 // noProtocol is TLS's alert for ALPN without a common name (RFC 7301).

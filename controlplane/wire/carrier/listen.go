@@ -87,6 +87,9 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		// address first: one round trip, no state.
 		VerifySourceAddress: func(net.Addr) bool { return l.quicFresh.Load() > 256 },
 		ConnContext:         l.admit,
+		// A reset answers only packets above 42 bytes: with this a ping of
+		// the agent is one, with the default of 4 it is not.
+		ConnectionIDLength: 16,
 	}
 	if cfg.ResetKey != [32]byte{} {
 		key := quic.StatelessResetKey(cfg.ResetKey)

@@ -37,6 +37,7 @@ type quicSession struct {
 	conn     *quic.Conn
 	peer     *x509.Certificate
 	protocol string
+	doubt    chan struct{} // of a dialled one, see watchSilence
 	ended    chan struct{} // closed after conn's end and, for a dialled one, the socket's
 }
 
@@ -78,6 +79,9 @@ func (s *quicSession) Close(code, reason string) {
 	_ = s.conn.CloseWithError(quic.ApplicationErrorCode(wire.CodeNumber(code)), clip(reason, 512))
 	<-s.ended
 }
+
+// Doubt implements wire.Doubter.
+func (s *quicSession) Doubt() <-chan struct{} { return s.doubt }
 
 func (s *quicSession) Done() <-chan struct{} { return s.ended }
 
