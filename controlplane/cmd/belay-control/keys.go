@@ -56,7 +56,7 @@ func openDataDir(dir string) (unlock func(), err error) {
 		}
 		return nil, fmt.Errorf("another control plane (%s) is using the data directory %s: stop it, or choose another with --data-dir", holder, dir)
 	}
-	if err := f.Truncate(0); err == nil {
+	if err = f.Truncate(0); err == nil {
 		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
 	}
 	if err != nil {
