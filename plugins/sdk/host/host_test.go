@@ -468,6 +468,7 @@ func TestPluginDiesWithItsHost(t *testing.T) {
 		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	}
 	self, _ := os.Executable()
+	t.Setenv("TMPDIR", t.TempDir()) // the host that is killed cannot clean up
 	out, err := runAs(self, "TEST_HOST=1", "-test.run=^TestPluginDiesWithItsHost$")
 	i := strings.Index(out, "pid=")
 	if i < 0 {
@@ -513,7 +514,7 @@ func TestWorkOutlivesTheHost(t *testing.T) {
 	mark = filepath.Join(t.TempDir(), "mark")
 	self, _ := os.Executable()
 	cmd := exec.Command(self, "-test.run=^TestWorkOutlivesTheHost$")
-	cmd.Env = append(os.Environ(), "TEST_MARK="+mark)
+	cmd.Env = append(os.Environ(), "TEST_MARK="+mark, "TMPDIR="+t.TempDir())
 	if err := cmd.Run(); err == nil || !strings.Contains(err.Error(), "killed") {
 		t.Fatalf("the host ended with %v", err)
 	}

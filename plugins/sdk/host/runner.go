@@ -29,8 +29,10 @@ type process struct {
 	exited chan struct{} // closed once err is set
 	err    error         // of Wait; nil for status 0
 
-	mu    sync.Mutex
-	first string // line of stdout, which should be the handshake
+	mu      sync.Mutex
+	running *os.Process // nil until it was started
+	doomed  bool        // killed, perhaps before it was started
+	first   string      // line of stdout, which should be the handshake
 }
 
 // lingering is how long output is still read once the process has ended.
@@ -83,6 +85,12 @@ func (p *process) Start(ctx context.Context) error {
 		p.closePipes()
 		return err
 	}
+	p.mu.Lock()
+	p.running = p.cmd.Process
+	if p.doomed {
+		_ = p.running.Kill()
+	}
+	p.mu.Unlock()
 	go func() {
 		p.err = p.cmd.Wait()
 		close(p.exited)
@@ -132,10 +140,13 @@ func (p *process) Wait(context.Context) error {
 
 // Kill implements runner.Runner. Only the plugin: what it started lives on.
 func (p *process) Kill(context.Context) error {
-	if p.cmd.Process == nil {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.doomed = true
+	if p.running == nil {
 		return nil
 	}
-	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	if err := p.running.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
 	return nil
@@ -192,10 +203,12 @@ func (p *process) Name() string { return p.cmd.Path }
 func (p *process) ID() string { return strconv.Itoa(p.pid()) }
 
 func (p *process) pid() int {
-	if p.cmd.Process == nil {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.running == nil {
 		return 0
 	}
-	return p.cmd.Process.Pid
+	return p.running.Pid
 }
 
 // Diagnose implements runner.Runner. Launch explains failures itself.
