@@ -65,7 +65,7 @@ type PluginInfo struct {
 	Name      string   `json:"name"`
 	Version   string   `json:"version"`
 	Kinds     []string `json:"kinds"`
-	State     string   `json:"state"` // "ready", "starting", "failed"
+	State     string   `json:"state"` // "ready", "starting", "failed", "quarantined"
 	LastError string   `json:"lastError,omitempty"`
 	Checksum  string   `json:"checksum,omitempty"`
 	Restarts  int      `json:"restarts"`

@@ -109,7 +109,7 @@ func (d *device) told() *wire.Facts {
 	f := describe(d.facts, d.cfg)
 	for _, s := range d.runtimes.Status() {
 		f.Plugins = append(f.Plugins, &wire.PluginInfo{
-			Name: s.Name, Version: s.Version, Kinds: kinds(s.Kinds), State: plainState(s.State),
+			Name: s.Name, Version: s.Version, Kinds: kinds(s.Kinds), State: string(s.State),
 			LastError: s.Error, Checksum: s.SHA256, Restarts: uint32(max(s.Restarts, 0)), Networks: s.Networks,
 		})
 		for name, value := range s.Attributes {
@@ -119,15 +119,6 @@ func (d *device) told() *wire.Facts {
 		}
 	}
 	return f
-}
-
-// plainState is the state in the words of the wire, which has no quarantine:
-// to the control plane a plugin that is down is down.
-func plainState(s host.State) string {
-	if s == host.Quarantined {
-		return string(host.Failed)
-	}
-	return string(s)
 }
 
 func kinds(list []sdk.Kind) []string {
