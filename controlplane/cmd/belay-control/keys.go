@@ -24,6 +24,7 @@ import (
 //	ca.pem       what API clients trust
 //	ca-key.pem   0600, what devices pin: losing it means enrolling all anew
 //	etcd/        0700, the embedded store
+//	peers        0600, where devices are connected from; may be deleted
 //
 // Server certificates are made anew at every start, from the names of the
 // day; what clients trust is the CA.
@@ -33,6 +34,7 @@ const (
 	caFile    = "ca.pem"
 	caKeyFile = "ca-key.pem"
 	etcdDir   = "etcd"
+	peersFile = "peers"
 )
 
 // openDataDir makes the directory and takes it for this process alone.
