@@ -256,3 +256,81 @@ func TestPongKeepsASession(t *testing.T) {
 		}
 	})
 }
+
+// doubting is a pipe whose carrier has doubts when the test says so.
+type doubting struct {
+	*pipe
+	doubt chan struct{}
+}
+
+func (d doubting) Doubt() <-chan struct{} { return d.doubt }
+
+func TestDoubtIsAnsweredByAPingAtOnce(t *testing.T) {
+	var doubt chan struct{} // of the bubble
+	var mu sync.Mutex
+	var pinged []time.Duration
+	var began time.Time
+	deaf := false
+	next := func(n int) (wire.Session, error) {
+		if n > 1 {
+			return nil, carrier.ErrUnreachable
+		}
+		p := newPipe()
+		doubt = make(chan struct{}, 1)
+		serve(p, &wire.Welcome{Version: 1, Incarnation: "i"}, func() {
+			for {
+				f, err := wire.ReadFrame(p.control)
+				if err != nil {
+					return
+				}
+				mu.Lock()
+				answer := f.GetPing() != nil && !deaf
+				if f.GetPing() != nil {
+					pinged = append(pinged, time.Since(began))
+				}
+				mu.Unlock()
+				if answer {
+					_ = wire.WriteFrame(p.control, &wire.Frame{Body: &wire.Frame_Pong{Pong: &wire.Pong{Id: f.GetPing().Id}}})
+				}
+			}
+		})
+		return doubting{p, doubt}, nil
+	}
+	bubble(t, next, func(l *Link, _ *dialer, _ *downlink) {
+		synctest.Wait()
+		mu.Lock()
+		began = time.Now()
+		mu.Unlock()
+		raise := func(after time.Duration) {
+			<-time.After(after)
+			doubt <- struct{}{}
+			synctest.Wait()
+		}
+		raise(time.Minute)
+		// The ping before it was answered a moment ago, its timer still runs.
+		raise(time.Second)
+		raise(time.Second)
+		mu.Lock()
+		deaf = true
+		mu.Unlock()
+		// Unanswered ones do not put the end off.
+		raise(time.Second)
+		raise(3 * time.Second)
+		raise(3 * time.Second)
+		for l.Status().State == StateConnected {
+			<-time.After(100 * time.Millisecond)
+		}
+		want := []time.Duration{60, 61, 62, 63, 66, 69}
+		mu.Lock()
+		defer mu.Unlock()
+		for i := range want {
+			want[i] *= time.Second
+		}
+		if !slices.Equal(pinged, want) {
+			t.Errorf("pinged at %v, want %v", pinged, want)
+		}
+		if took := time.Since(began); took < 63*time.Second+lost || took > 64*time.Second+lost {
+			t.Errorf("given up after %s", took)
+		}
+	})
+}

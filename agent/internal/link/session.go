@@ -289,14 +289,21 @@ func (s *session) write(ctx context.Context) error {
 			timer.Stop()
 		}
 	}()
-	ping := func() error {
+	ask := func() error {
 		pings++
-		awaiting, last = true, s.heard.Load()
 		_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 		if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
 			return ended(s.conn, err)
 		}
-		arm(lost, last)
+		return nil
+	}
+	ping := func() error {
+		before := s.heard.Load()
+		if err := ask(); err != nil {
+			return err
+		}
+		awaiting, last = true, before
+		arm(lost, before)
 		return nil
 	}
 	var doubt <-chan struct{}
@@ -330,10 +337,15 @@ func (s *session) write(ctx context.Context) error {
 				return ended(s.conn, err)
 			}
 		case <-doubt:
-			if due == nil || !awaiting {
-				if err := ping(); err != nil {
-					return err
-				}
+			// Even while a ping waits for its answer: the carrier repeats that
+			// one ever more rarely, and a control plane that is back by now
+			// turns a new one down at once. It gets no more time for it.
+			again := ping
+			if due != nil && awaiting && s.heard.Load() == heard {
+				again = ask
+			}
+			if err := again(); err != nil {
+				return err
 			}
 		case <-due:
 			due = nil
