@@ -88,7 +88,8 @@ type Agent struct {
 	running  map[string]int                // calls under way, by sort
 	names    map[string]bool               // calls under way, for shutdown
 	up       bool
-	broken   string // the journal's last logged error
+	broken   string            // the journal's last logged error
+	unlisted map[string]string // per runtime, the last logged error of List
 }
 
 // New makes an agent of what was saved; Run starts it.
@@ -105,6 +106,7 @@ func New(cfg Config) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, done: make(chan struct{}), inbox: newInbox(),
 		calls: map[string]context.CancelFunc{}, running: map[string]int{}, names: map[string]bool{},
+		unlisted: map[string]string{},
 	}
 	a.hands = &hands{
 		runtimes: cfg.Runtimes, outputs: cfg.Outputs, volumes: cfg.Volumes,
@@ -392,10 +394,21 @@ func (a *Agent) logResult(r result) {
 	if r.Attempt.Container != "" {
 		attrs = append(attrs, "container", r.Attempt.Container, "attempt", r.Attempt.Number)
 	}
+	if r.Verb == callList {
+		// Asked again and again while a runtime is away: said once.
+		said := a.unlisted[r.Runtime]
+		if r.err == nil {
+			delete(a.unlisted, r.Runtime)
+			return
+		}
+		if a.unlisted[r.Runtime] = r.err.Error(); said == r.err.Error() {
+			return
+		}
+	}
 	switch {
 	case r.err != nil && sdk.KindOf(r.err) != sdk.Canceled:
 		a.cfg.Logger.Warn("call failed", append(attrs, "kind", string(sdk.KindOf(r.err)), "error", r.err.Error())...)
-	case r.err != nil, r.Verb == callList, r.Verb == callProbe:
+	case r.err != nil, r.Verb == callProbe:
 	default:
 		a.cfg.Logger.Debug("call done", attrs...)
 	}

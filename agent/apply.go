@@ -1,8 +1,8 @@
 package agent
 
 import (
-	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/belay-edge/belay/controlplane/wire"
@@ -220,6 +220,8 @@ func (s *State) finishPull(t *Task, c *Container, r result, now time.Duration) {
 			if d.Spec.GetImage() == c.Spec.GetImage() && (d == c || d.Digest == "") {
 				if d.Digest == "" {
 					d.Image, d.Digest = r.image.Reference, r.image.Digest
+				} else if r.image.Reference != "" && d.refetch {
+					d.Image = r.image.Reference
 				}
 				d.pulled, d.refetch, d.pullRetry = true, false, retry{}
 			}
@@ -375,8 +377,10 @@ func (c *Container) identify(seen sdk.Container) {
 	if seen.RuntimeID != "" {
 		c.RuntimeID = seen.RuntimeID
 	}
-	if c.Digest == "" {
-		c.Digest = seen.ImageDigest
+	if c.Digest == "" && seen.ImageDigest != "" {
+		// Its record was lost. What it runs is what its next attempt must
+		// run, once the runtime has made a whole reference of it.
+		c.Image, c.Digest, c.refetch = c.Spec.GetImage(), seen.ImageDigest, true
 	}
 }
 
@@ -459,8 +463,6 @@ func (s *State) acked(id string, sequence uint64) {
 
 // pinned is a reference that can only mean one image.
 func pinned(image, digest string) string {
-	if image == "" {
-		return digest
-	}
-	return fmt.Sprintf("%s@%s", image, digest)
+	image, _, _ = strings.Cut(image, "@") // of an index, perhaps: the manifest counts
+	return image + "@" + digest
 }

@@ -83,3 +83,15 @@ func TestHealthCommandForms(t *testing.T) {
 		}
 	}
 }
+
+func TestPinnedReferenceHasOneDigest(t *testing.T) {
+	for in, want := range map[string]string{
+		"r.test/app:1":             "r.test/app:1@sha256:2",
+		"r.test/app@sha256:1":      "r.test/app@sha256:2",
+		"r.test:5000/app@sha256:2": "r.test:5000/app@sha256:2",
+	} {
+		if got := pinned(in, "sha256:2"); got != want {
+			t.Errorf("pinned(%q) = %q, want %q", in, got, want)
+		}
+	}
+}

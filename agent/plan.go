@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -92,6 +93,14 @@ func (p *planner) due(at time.Duration) bool {
 		p.wake = at
 	}
 	return false
+}
+
+// after is t + d, for durations that may mean "for ever".
+func after(t, d time.Duration) time.Duration {
+	if d > math.MaxInt64-t {
+		return math.MaxInt64
+	}
+	return t + d
 }
 
 // runtime plans the List of a runtime and the end of what belongs to nobody.
@@ -228,7 +237,7 @@ func (p *planner) verdict(t *Task, rt *runtimeState) (code, reason string) {
 
 // gaveUp says that a task which is not of a service has retried long enough.
 func (p *planner) gaveUp(t *Task, r retry) bool {
-	return r.failures > 0 && !t.inPlace() && p.due(r.since+p.s.Limits.PullGiveUp)
+	return r.failures > 0 && !t.inPlace() && p.due(after(r.since, p.s.Limits.PullGiveUp))
 }
 
 // met says whether a dependency allows its dependent to start.
@@ -438,7 +447,7 @@ func (p *planner) stopped(t *Task, excess bool) {
 	if t.busy || t.forgotten {
 		return
 	}
-	if t.removed() || t.Acked && (excess || p.due(t.stoppedAt+p.s.Limits.KeepStopped)) {
+	if t.removed() || t.Acked && (excess || p.due(after(t.stoppedAt, p.s.Limits.KeepStopped))) {
 		if p.due(t.retry.at) {
 			p.do(action{Verb: callForget, Attempt: sdk.Attempt{Task: t.ID}})
 		}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"math"
 	"testing"
 	"time"
 
@@ -146,6 +147,17 @@ func TestPlan(t *testing.T) {
 				t.Errorf("planning again gives something else, so it is not pure:\n%s", d)
 			}
 		})
+	}
+}
+
+func TestNeverGivingUpIsNoOverflow(t *testing.T) {
+	s := stateOf(&wire.TaskSpec{Containers: []*wire.Container{essential("main")}}, func(s *State, t *Task) {
+		s.Limits.PullGiveUp, s.Limits.KeepStopped = math.MaxInt64, math.MaxInt64
+		t.Containers[0].Digest = ""
+		t.Containers[0].pullRetry = retry{failures: 9, since: time.Second, at: time.Minute, err: "away"}
+	})
+	if acts, wake := plan(s, 30*time.Second); len(acts) != 0 || wake != time.Minute {
+		t.Errorf("plan: %+v, wakes at %v", acts, wake)
 	}
 }
 

@@ -241,14 +241,10 @@ func (s semaphore) unlock() { <-s }
 
 // wait sleeps; it returns false when ctx ended first.
 func wait(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
+	pause, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	<-pause.Done()
+	return ctx.Err() == nil
 }
 
 // noTunnels stands in where no hub is joined: nothing is connected.

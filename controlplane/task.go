@@ -228,6 +228,9 @@ func (p *Plane) StopTask(ctx context.Context, token, id, reason string) (Task, i
 	if len(reason) > 1024 {
 		return Task{}, 0, Errorf(InvalidArgument, "reason: %d bytes, at most 1024 are allowed", len(reason))
 	}
+	if reason == "" {
+		reason = "stopped by the user"
+	}
 	type request struct{ ID, Reason string }
 	// The answer is only the id: the task as it is now is more useful to a
 	// caller who asks again.

@@ -3,6 +3,7 @@ package containerd
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	eventsapi "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/v2/core/events"
@@ -17,11 +18,11 @@ func (r *Runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
 	const op = "watch containers"
 	ctx, cancel := context.WithCancel(r.in(ctx))
 	defer cancel()
-	ch, errs := r.client.Subscribe(ctx,
-		`namespace==`+r.cfg.Namespace+`,topic=="/tasks/exit"`,
-		`namespace==`+r.cfg.Namespace+`,topic=="/tasks/start"`,
-		`namespace==`+r.cfg.Namespace+`,topic=="/tasks/oom"`,
-		`namespace==`+r.cfg.Namespace+`,topic=="/tasks/delete"`)
+	var filters []string
+	for _, topic := range []string{"exit", "start", "oom", "delete"} {
+		filters = append(filters, fmt.Sprintf("namespace==%q,topic==%q", r.cfg.Namespace, "/tasks/"+topic))
+	}
+	ch, errs := r.client.Subscribe(ctx, filters...)
 	for {
 		select {
 		case e := <-ch:

@@ -91,7 +91,12 @@ func (c Config) host(name string, creds *sdk.Credentials) (docker.RegistryHost, 
 	return docker.RegistryHost{
 		Client: client,
 		Authorizer: docker.NewDockerAuthorizer(docker.WithAuthClient(client),
-			docker.WithAuthCreds(func(string) (string, string, error) { return user, pass, nil })),
+			docker.WithAuthCreds(func(asking string) (string, string, error) {
+				if asking != host { // redirected elsewhere: not theirs
+					return "", "", nil
+				}
+				return user, pass, nil
+			})),
 		Host:         host,
 		Scheme:       scheme,
 		Path:         "/v2",
