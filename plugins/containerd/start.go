@@ -37,8 +37,18 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 	// same Start, and containerd may still be at what that one asked for: it
 	// gives up on its own, and until it has, the name is not free.
 	interrupted := false
+	var left error // by the last try
+	defer func() {
+		if left != nil {
+			r.log.Error("a failed start left something behind", "container", containerID(q.Attempt), "err", left)
+		}
+	}()
 	for deadline := time.Now().Add(settleTime); ; {
 		c, err := r.adoptOrCreate(ctx, q)
+		left = nil
+		if u := (*undoneError)(nil); errors.As(err, &u) {
+			err, left = u.error, u.left
+		}
 		switch {
 		case err == nil:
 			return c, nil
@@ -63,6 +73,14 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 const settleTime = 15 * time.Second
 
 var errHalfMade = errors.New("half made by an interrupted start")
+
+// undoneError is a start that failed and could not be undone.
+type undoneError struct {
+	error
+	left error
+}
+
+func (e *undoneError) Unwrap() error { return e.error }
 
 // unsettled tells whether a start failed because an abandoned one of the same
 // name is still being undone.
@@ -112,7 +130,7 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 			ctx, cancel := after(ctx)
 			defer cancel()
 			if left := r.discard(ctx, id, q.Spec.Ports); left != nil {
-				r.log.Error("a failed start left something behind", "container", id, "err", left)
+				err = &undoneError{err, left}
 			}
 		}
 	}()
@@ -120,6 +138,11 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 		return sdk.Container{}, fmt.Errorf("write the container's files: %w", err)
 	}
 	if p.network == sdk.NetworkBridge {
+		// A start that was interrupted before containerd knew of it has left
+		// a namespace that may hold anything.
+		if err := r.bridge.release(ctx, id, q.Spec.Ports); err != nil {
+			return sdk.Container{}, err
+		}
 		if p.netns, err = r.bridge.makeNetNS(id); err != nil {
 			return sdk.Container{}, err
 		}
