@@ -223,6 +223,21 @@ func TestWithoutRoot(t *testing.T) {
 	}
 }
 
+// TestLeastSharesWithoutRoot: the agent gives them to every container without
+// cpu units, so they must not be a limit that is missed.
+func TestLeastSharesWithoutRoot(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("TestWithoutRoot runs it as nobody")
+	}
+	r := newRig(t, process.ModeOwn)
+	req := r.request("main", "exit 4")
+	req.Spec.Limits = sdk.Limits{CPUShares: 2}
+	r.start(req)
+	if c := r.exited(req.Attempt); c.ExitCode == nil || *c.ExitCode != 4 {
+		t.Errorf("it ended as %+v", c)
+	}
+}
+
 func TestRefusedWithoutRoot(t *testing.T) {
 	if os.Geteuid() == 0 {
 		t.Skip("TestWithoutRoot runs it as nobody")
