@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/belay-edge/belay/controlplane/wire"
 )
 
@@ -22,8 +24,8 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 			c.Reason = bounded(c.Reason)
 		}
 	}
-	if len(s.Containers) > 64 {
-		return Errorf(InvalidArgument, "task %s: %d containers are too many", s.TaskId, len(s.Containers))
+	if size := proto.Size(s); size > maxReport || len(s.Containers) > maxReported {
+		return Errorf(InvalidArgument, "task %s: a status of %d bytes and %d containers: at most %d and %d are stored", s.TaskId, size, len(s.Containers), maxReport, maxReported)
 	}
 	_, _, err := mutate(ctx, p, "storing a task's status", "", nil, func() (*change, struct{}, error) {
 		e, err := p.task(s.TaskId)
@@ -66,6 +68,10 @@ func (p *Plane) release(c *change, t Task) error {
 	c.compare(bindingsKey(t.Instance), b.Mod)
 	return c.put(bindingsKey(t.Instance), b.V)
 }
+
+// maxReport bounds what is stored of one thing that a device tells: a task's
+// status, its facts. Honest ones are a tenth of it.
+const maxReport = 256 << 10
 
 // bounded cuts a text of a device's to what is worth storing.
 func bounded(s string) string {
