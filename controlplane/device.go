@@ -2,6 +2,7 @@ package controlplane
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -29,6 +30,9 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 	}
 	_, _, err := mutate(ctx, p, "storing a task's status", "", nil, func() (*change, struct{}, error) {
 		e, err := p.task(s.TaskId)
+		if errors.Is(err, NotFound) {
+			err = p.confirmGone(ctx, s.TaskId, err)
+		}
 		if err != nil {
 			return nil, struct{}{}, err
 		}
@@ -54,6 +58,20 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 		return c, struct{}{}, err
 	})
 	return err
+}
+
+// confirmGone asks the store whether it lacks a task as memory does. A device
+// that is told NotFound removes the task, which may be running: memory that is
+// behind, or could not read the record, is not enough for that.
+func (p *Plane) confirmGone(ctx context.Context, id string, notFound error) error {
+	kv, err := p.store.Get(ctx, taskKey(id))
+	switch {
+	case err != nil:
+		return err
+	case kv.ModRevision == 0:
+		return notFound
+	}
+	return Errorf(Unavailable, "task %s is in the store but not in memory: the log says why, if it stays so", id)
 }
 
 // release gives back the room of a stopped task.

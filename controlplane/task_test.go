@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -111,6 +112,22 @@ func TestPullProgressIsSeenButNotWritten(t *testing.T) {
 	if after, _ := f.store.Revision(t.Context()); after != before || got.Containers[0].Pull.BytesDone != 50 || got.Version <= was.Version {
 		t.Errorf("revision %d to %d, progress %+v", before, after, got.Containers[0].Pull)
 	}
+}
+
+// A task that memory does not have may be in the store: with memory behind,
+// the device was told to remove a task that runs.
+func TestReportOfATaskThatMemoryLacksIsNotRefused(t *testing.T) {
+	f := newPlane(t)
+	i := f.device(t, 1)
+	id := strings.Repeat("a", 32)
+	report := &wire.TaskStatus{TaskId: id, LastStatus: "RUNNING"}
+	wantCode(t, f.ReportTask(t.Context(), i.ID, report), controlplane.NotFound)
+
+	// The store has it, but not in a form that memory can take in.
+	if _, _, err := f.store.Txn(t.Context(), nil, []controlplane.Op{controlplane.Put("/belay/v1/default/tasks/"+id, []byte("{"))}); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, f.ReportTask(t.Context(), i.ID, report), controlplane.Unavailable)
 }
 
 func TestDeregisterStopsTasks(t *testing.T) {
