@@ -325,6 +325,33 @@ func TestSweep(t *testing.T) {
 	}
 }
 
+// A round of the sweep deleted at most 1000 of each kind, and there was one
+// round a minute: with more than 16 calls a second the store only grew.
+func TestSweepKeepsUp(t *testing.T) {
+	f := newPlane(t)
+	const many = 2500
+	for n := range many {
+		id := fmt.Sprintf("%032x", n)
+		if _, _, err := f.store.Txn(t.Context(), nil, []controlplane.Op{
+			controlplane.Put("/belay/v1/default/tokens/"+id, []byte(`{"createdAt":"2020-01-01T00:00:00Z"}`)),
+			controlplane.Put("/belay/v1/default/tasks/"+id, fmt.Appendf(nil, `{"id":%q,"lastStatus":"STOPPED","stoppedAt":"2020-01-01T00:00:00Z"}`, id)),
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, _, err := f.ListClusters(t.Context(), controlplane.Freshness{Consistent: true}, controlplane.Page{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.SweepNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []string{"tokens", "tasks"} {
+		if kvs, _, err := f.store.List(t.Context(), "/belay/v1/default/"+kind+"/", "", 0); err != nil || len(kvs) > 0 {
+			t.Errorf("%d of %d %s are left, %v", len(kvs), many, kind, err)
+		}
+	}
+}
+
 // However placements and stops race, over two replicas, no instance is ever
 // given more than it has.
 func TestRacingPlacementsNeverOvercommit(t *testing.T) {
