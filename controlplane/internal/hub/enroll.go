@@ -2,6 +2,7 @@ package hub
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -49,7 +50,7 @@ func (h *Hub) decideEnrollment(ctx context.Context, q *wire.EnrollRequest, key s
 	})
 	if err != nil {
 		f := failureOf(err, log, "enrol a device")
-		log.Info("enrolment refused", "activation", q.ActivationId, "code", f.Code)
+		log.Info("enrolment refused", "activation", legible(q.ActivationId), "code", f.Code)
 		return &wire.EnrollResponse{Failure: f}
 	}
 	log.Info("device enrolled", "instance", instance.ID, "cluster", instance.Cluster, "already", already)
@@ -66,7 +67,8 @@ func (h *Hub) decideEnrollment(ctx context.Context, q *wire.EnrollRequest, key s
 func acceptControl(ctx context.Context, s wire.Session) (wire.Stream, error) {
 	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
 	defer cancel()
-	for {
+	// What yamux holds for a stream given up stays for some time.
+	for range maxOpening {
 		stream, err := s.AcceptStream(ctx)
 		if err != nil {
 			return nil, err
@@ -82,6 +84,15 @@ func acceptControl(ctx context.Context, s wire.Session) (wire.Stream, error) {
 		}
 		_ = stream.Close()
 	}
+	return nil, fmt.Errorf("%w: of %d streams none is a control stream", wire.ErrFrame, maxOpening)
+}
+
+// legible is an id as it may be logged of a peer nobody knows yet.
+func legible(id string) string {
+	if len(id) > 64 {
+		return id[:64] + "..."
+	}
+	return id
 }
 
 // linger lets the peer read what was last written before the session is cut:

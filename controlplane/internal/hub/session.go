@@ -55,7 +55,7 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 		return
 	}
 	hello := f.GetHello()
-	log = log.With("instance", hello.InstanceId)
+	log = log.With("instance", legible(hello.InstanceId))
 	s := &session{
 		hub: h, wire: ws, control: stream, instance: hello.InstanceId,
 		key: wire.Fingerprint(ws.PeerCertificate()), nonce: hello.AgentNonce, machine: hello.HashedMachineId,
