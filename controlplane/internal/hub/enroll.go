@@ -2,6 +2,7 @@ package hub
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -17,13 +18,13 @@ func (h *Hub) enroll(ctx context.Context, s wire.Session, log *slog.Logger) {
 	stream, err := acceptControl(ctx, s)
 	if err != nil {
 		log.Debug("enrolment ended early", "err", err)
-		s.Close(wire.CodeProtocol, err.Error())
+		closeEarly(ctx, s, err)
 		return
 	}
-	f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetEnrollRequest() != nil })
+	f, err := await(ctx, stream, func(f *wire.Frame) bool { return f.GetEnrollRequest() != nil })
 	if err != nil {
 		log.Debug("enrolment ended early", "err", err)
-		s.Close(wire.CodeProtocol, err.Error())
+		closeEarly(ctx, s, err)
 		return
 	}
 	answer := h.decideEnrollment(ctx, f.GetEnrollRequest(), wire.Fingerprint(s.PeerCertificate()), log)
@@ -74,7 +75,7 @@ func acceptControl(ctx context.Context, s wire.Session) (wire.Stream, error) {
 			return nil, err
 		}
 		_ = stream.SetDeadline(time.Now().Add(helloTimeout))
-		f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetOpen() != nil })
+		f, err := await(ctx, stream, func(f *wire.Frame) bool { return f.GetOpen() != nil })
 		if err != nil {
 			_ = stream.Close()
 			return nil, err
@@ -85,6 +86,24 @@ func acceptControl(ctx context.Context, s wire.Session) (wire.Stream, error) {
 		_ = stream.Close()
 	}
 	return nil, fmt.Errorf("%w: of %d streams none is a control stream", wire.ErrFrame, maxOpening)
+}
+
+// await is wire.Await that also ends with ctx: a shutdown does not wait for
+// peers that say nothing.
+func await(ctx context.Context, s wire.Stream, want func(*wire.Frame) bool) (*wire.Frame, error) {
+	defer context.AfterFunc(ctx, func() { _ = s.SetReadDeadline(time.Now()) })()
+	return wire.Await(s, want)
+}
+
+// closeEarly ends a session that has not said what was due: by its own fault,
+// or because this side has no time left for it.
+func closeEarly(ctx context.Context, s wire.Session, err error) {
+	var e *ending
+	if errors.As(context.Cause(ctx), &e) {
+		s.Close(e.failure.Code, e.failure.Message)
+		return
+	}
+	s.Close(wire.CodeProtocol, err.Error())
 }
 
 // legible is an id as it may be logged of a peer nobody knows yet.

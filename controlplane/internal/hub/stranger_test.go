@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
@@ -79,5 +80,34 @@ func TestStrangersOpenFewStreams(t *testing.T) {
 				t.Errorf("%d streams were taken", opened)
 			}
 		})
+	}
+}
+
+// A peer that had said nothing yet held a shutdown up for all of its time, and
+// was told that it broke the rules.
+func TestShutdownDoesNotWaitForStrangers(t *testing.T) {
+	for _, transport := range transports {
+		for _, protocol := range []string{wire.ProtocolTunnel, wire.ProtocolEnroll} {
+			t.Run(transport+" "+protocol, func(t *testing.T) {
+				t.Parallel()
+				r := newRig(t, newDevices())
+				half := r.agent(transport, protocol)
+				_, _ = half.Control.Write([]byte{0, 0})
+				due := r.agent(transport, protocol)
+				due.Send(open(wire.StreamType_STREAM_TYPE_CONTROL))
+				until(t, "both are taken in", func() bool { return len(r.hub.pending) == 2 })
+				begun := time.Now()
+				r.stop()
+				for _, err := range []error{half.ExpectEnd(), due.ExpectEnd()} {
+					// Over TCP the reason of an early end does not travel.
+					if code := wire.CodeOf(err); transport == wire.TransportQUIC && code != wire.CodeShutdown {
+						t.Errorf("they were told %q: %v", code, err)
+					}
+				}
+				if took := time.Since(begun); took > stopTimeout/2 {
+					t.Errorf("they ended after %s", took)
+				}
+			})
+		}
 	}
 }
