@@ -73,6 +73,30 @@ func TestTaskLife(t *testing.T) {
 	wantCode(t, f.ReportTask(t.Context(), f.device(t, 2).ID, &wire.TaskStatus{TaskId: task.ID, LastStatus: "RUNNING"}), controlplane.NotFound)
 }
 
+// A task that ended by itself, which nobody wished to stop, is never wished
+// RUNNING again: not to a device that has everything, not to one that has
+// nothing, and not by a control plane that was started anew.
+func TestFinishedTaskIsNeverSentAsRunning(t *testing.T) {
+	f := newPlane(t)
+	i := f.device(t, 1)
+	f.register(t, sleep)
+	task := f.run(t, controlplane.NewTasks{TaskDefinition: "sleep"})[0]
+	f.report(t, task, &wire.TaskStatus{LastStatus: "STOPPED"})
+	for _, p := range []*fixture{f, open(t, f.store)} {
+		for _, from := range []struct {
+			incarnation string
+			sequence    uint64
+		}{{"", 0}, {p.Incarnation(), 0}, {p.Incarnation(), 99}} {
+			set, err := p.Assignments(t.Context(), i.ID, from.incarnation, from.sequence)
+			if err != nil || len(set.Set) != 1 || set.Set[0].Desired != "STOPPED" || set.Set[0].Spec != nil {
+				t.Errorf("to a device at %+v: %v, %v; want it STOPPED, without a specification", from, set.Set, err)
+			}
+		}
+		// A report of before, stored late, changes nothing.
+		p.report(t, task, &wire.TaskStatus{LastStatus: "RUNNING"})
+	}
+}
+
 func TestReportThatChangesNothingWritesNothing(t *testing.T) {
 	f := newPlane(t)
 	i := f.device(t, 1)
