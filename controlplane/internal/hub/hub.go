@@ -21,6 +21,7 @@ import (
 // Limits. Each bounds what one peer can take from the others.
 const (
 	maxPending   = 4096 // sessions that have not registered yet
+	maxOpening   = 16   // streams until one is the control stream
 	helloTimeout = 10 * time.Second
 	callTimeout  = 30 * time.Second // one call into the domain
 	writeTimeout = 30 * time.Second // one frame to a slow device
