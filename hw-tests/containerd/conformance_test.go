@@ -49,7 +49,9 @@ func TestConformance(t *testing.T) {
 			w := &world{ctd: ctd, run: filepath.Join(runs[0], "run"), state: filepath.Join(runs[0], "state")}
 			var left []string
 			for _, l := range leftovers(t, w) {
-				if !slices.Contains(before, l) {
+				// Other agents under test have their tasks in the same cgroup;
+				// that this one's tasks are gone is known from RemoveTask.
+				if !slices.Contains(before, l) && !strings.HasPrefix(l, "path /sys/fs/cgroup/") {
 					left = append(left, l)
 				}
 			}

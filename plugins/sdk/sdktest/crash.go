@@ -2,6 +2,7 @@ package sdktest
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"syscall"
 	"testing"
@@ -99,15 +100,17 @@ func testCrashInStartGivenUp(t *testing.T, r *rig) {
 	usual := r.usualStart(t)
 	for range (r.opts.HangUp + 1) / 2 {
 		req, after := r.crashInStart(t, usual)
-		if _, err := r.runtime.Stop(r.ctx(t), req.Attempt, 0); err != nil && !errors.Is(err, sdk.NotFound) {
-			t.Errorf("killed after %s: Stop: %v", after, err)
-		}
-		if err := r.runtime.Remove(r.ctx(t), req.Attempt); err != nil {
-			t.Errorf("killed after %s: Remove: %v", after, err)
-		}
-		if err := r.runtime.RemoveTask(r.ctx(t), req.Attempt.Task); err != nil {
-			t.Errorf("killed after %s: RemoveTask: %v", after, err)
-		}
+		// Repeated, as an agent does: what the dead process asked for may
+		// still be coming up.
+		r.eventually(t, fmt.Sprintf("killed after %s: everything is removed", after), func() error {
+			if _, err := r.runtime.Stop(r.ctx(t), req.Attempt, 0); err != nil && !errors.Is(err, sdk.NotFound) {
+				return err
+			}
+			if err := r.runtime.Remove(r.ctx(t), req.Attempt); err != nil {
+				return err
+			}
+			return r.runtime.RemoveTask(r.ctx(t), req.Attempt.Task)
+		})
 		if got, ok := r.find(t, req.Attempt); ok {
 			t.Errorf("killed after %s: after Remove List has %+v", after, got)
 		}
