@@ -346,6 +346,18 @@ func TestInvalidRequests(t *testing.T) {
 	}
 }
 
+func TestRefusalShowedTheValueOfAnEnvironmentVariable(t *testing.T) {
+	r := newRig(t, process.ModeOwn)
+	for _, env := range []string{"TOKEN=hunter2\x00", "=hunter2", "hunter2"} {
+		req := r.request("main", "exit 0")
+		req.Spec.Env = []string{env}
+		_, err := r.Start(t.Context(), req)
+		if sdk.KindOf(err) != sdk.Invalid || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("environment entry %q: %v: want it refused and not shown", env, err)
+		}
+	}
+}
+
 func TestHostPorts(t *testing.T) {
 	r := newRig(t, process.ModeOwn)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
