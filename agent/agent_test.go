@@ -183,6 +183,53 @@ func TestPullWithoutProgressIsTriedAgain(t *testing.T) {
 	})
 }
 
+func TestEachStepOfAPullLeftATimerBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBubble(t, 0.5)
+		b.runtime.pull = func(_ context.Context, progress func(sdk.PullProgress)) error {
+			for n := range uint64(1000) {
+				time.Sleep(time.Second)
+				progress(sdk.PullProgress{Bytes: 1000, BytesDone: n})
+			}
+			return nil
+		}
+		b.assign(running(&wire.TaskSpec{Containers: []*wire.Container{essential("main")}}))
+		time.Sleep(20 * time.Minute)
+		if st := b.last(); st.GetLastStatus() != Running {
+			t.Fatalf("a slow pull that never stalled: %v", st)
+		}
+		if n := b.clock.stalls.Load(); n > 5 {
+			t.Errorf("%d timers of %s were set", n, pullStall)
+		}
+	})
+}
+
+func TestImageThatWasDeletedLaterWasNotPulledAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBubble(t, 0.5)
+		b.assign(running(&wire.TaskSpec{RestartInPlace: true, Containers: []*wire.Container{essential("main")}}))
+		missing := true
+		b.runtime.mu.Lock()
+		b.runtime.pull = func(context.Context, func(sdk.PullProgress)) error { missing = false; return nil }
+		b.runtime.start = func(sdk.StartRequest) error {
+			if missing {
+				return sdk.Errorf(sdk.NotFound, "start", "no such image")
+			}
+			return nil
+		}
+		b.runtime.mu.Unlock()
+		b.runtime.dies("main", 1)
+		time.Sleep(5 * time.Second)
+		want := []string{"520ms start main/2", "520ms pull main:1@sha256:1", "520ms start main/2"}
+		if d := cmp.Diff(want, b.calls()[2:]); d != "" {
+			t.Errorf("calls (-want +got):\n%s", d)
+		}
+		if st := b.last(); st.GetLastStatus() != Running || st.GetContainers()[0].GetAttempt() != 2 {
+			t.Errorf("status %v", st)
+		}
+	})
+}
+
 func TestHealthCheckKeepsItsIntervalAndRestartsAServiceInPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBubble(t, 0.5)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -27,12 +28,20 @@ type bubble struct {
 	stop     func() error
 }
 
-type bubbleClock struct{ began time.Time }
+type bubbleClock struct {
+	began  time.Time
+	stalls atomic.Int32 // timers set that wait for a pull to stall
+}
 
-func (c *bubbleClock) Now() time.Duration                     { return time.Since(c.began) + time.Minute }
-func (c *bubbleClock) When() *wire.When                       { return &wire.When{} }
-func (c *bubbleClock) BootID() string                         { return "boot" }
-func (c *bubbleClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+func (c *bubbleClock) Now() time.Duration { return time.Since(c.began) + time.Minute }
+func (c *bubbleClock) When() *wire.When   { return &wire.When{} }
+func (c *bubbleClock) BootID() string     { return "boot" }
+func (c *bubbleClock) After(d time.Duration) <-chan time.Time {
+	if d == pullStall {
+		c.stalls.Add(1)
+	}
+	return time.After(d)
+}
 
 // fakeRuntime scripts what calls answer; what is not scripted goes well.
 type fakeRuntime struct {
@@ -185,7 +194,7 @@ func newBubble(t *testing.T, jitter float64) *bubble {
 	j := newSimJournal()
 	began := time.Now()
 	b := &bubble{
-		t: t, clock: &bubbleClock{began}, journal: j, statuses: map[string][]*wire.TaskStatus{},
+		t: t, clock: &bubbleClock{began: began}, journal: j, statuses: map[string][]*wire.TaskStatus{},
 		outputs: &fakeOutputs{content: map[string]string{}},
 		runtime: &fakeRuntime{
 			simRuntime: newSimRuntime(j), events: make(chan sdk.Attempt, 10),
