@@ -1,8 +1,11 @@
 package link
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 	"testing"
@@ -109,6 +112,33 @@ func TestSilenceIsRetriedEverySecondAtFirst(t *testing.T) {
 		synctest.Wait()
 		if late := len(d.asked()) - early; late < 38 || late > 60 {
 			t.Errorf("%d tries in the ten minutes after, want about four a minute", late)
+		}
+	})
+}
+
+func TestOfflineDeviceLoggedEveryTry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		n := 0
+		l, err := New(Config{
+			InstanceID: instanceA, Addresses: []string{"control.example:7443"}, Transport: wire.TransportQUIC, Clock: clock{},
+			Logger: slog.New(slog.NewTextHandler(&log, nil)),
+			dial: func(context.Context, string, string) (wire.Session, error) {
+				n++
+				return nil, fmt.Errorf("%w: way %d", carrier.ErrUnreachable, n%3)
+			},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Attach(&downlink{})
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Hour+time.Minute)
+		defer cancel()
+		if err := l.Run(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if lines := bytes.Count(log.Bytes(), []byte("\n")); lines < 10 || lines > 40 {
+			t.Errorf("%d lines in ten hours offline, want each of three errors about once an hour:\n%.500s", lines, &log)
 		}
 	})
 }
