@@ -335,6 +335,31 @@ func TestFullDiskStartsNothingAndRecovers(t *testing.T) {
 	})
 }
 
+func TestRefusedAssignmentWasLoggedAsAStateThatCanBeWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBubble(t, 0.5)
+		set := func(broken bool) { _ = b.ask(context.Background(), func(*State) { b.journal.broken = broken }) }
+		set(true)
+		a := running(&wire.TaskSpec{Containers: []*wire.Container{essential("main")}})
+		for range 3 { // as the link does
+			if b.Assign(context.Background(), "one", false, []*wire.Assignment{a}, 1) == nil {
+				t.Error("a set was acknowledged that is not on disk")
+			}
+			time.Sleep(time.Second)
+		}
+		set(false)
+		b.assign(a)
+		b.last()
+		for what, want := range map[string]int{
+			"assignments cannot be taken over": 1, "assignments are taken over again": 1, "state can be written": 0,
+		} {
+			if n := b.log.count(what); n != want {
+				t.Errorf("logged %d times, want %d: %s", n, want, what)
+			}
+		}
+	})
+}
+
 func TestTakenPortIsChosenAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBubble(t, 0.5)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,6 +24,7 @@ type bubble struct {
 	runtime  *fakeRuntime
 	journal  *simJournal
 	outputs  *fakeOutputs
+	log      logged
 	mu       sync.Mutex
 	statuses map[string][]*wire.TaskStatus
 	stop     func() error
@@ -41,6 +43,24 @@ func (c *bubbleClock) After(d time.Duration) <-chan time.Time {
 		c.stalls.Add(1)
 	}
 	return time.After(d)
+}
+
+// logged is what the agent has logged.
+type logged struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logged) count(what string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Count(l.text.String(), what)
 }
 
 // fakeRuntime scripts what calls answer; what is not scripted goes well.
@@ -203,7 +223,7 @@ func newBubble(t *testing.T, jitter float64) *bubble {
 	}
 	a, err := New(Config{
 		Runtimes: b.runtime, Journal: j, Uplink: b, Outputs: b.outputs, Volumes: nowhere{}, Clock: b.clock,
-		InstanceID: "device", Jitter: func() float64 { return jitter },
+		InstanceID: "device", Jitter: func() float64 { return jitter }, Logger: slog.New(slog.NewTextHandler(&b.log, nil)),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -275,9 +275,7 @@ func (s *session) apply(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return nil
 		default:
-			if wait == applyRetry {
-				s.link.log.Warn("assignments are not taken over; will try again", "err", err)
-			}
+			s.link.log.Debug("assignments are not taken over", "err", err, "retry", wait) // the agent says it aloud
 			retry = time.After(wait)
 			wait = min(2*wait, applyRetryCap)
 		}
