@@ -208,6 +208,9 @@ func TestImageThatWasDeletedLaterWasNotPulledAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBubble(t, 0.5)
 		b.assign(running(&wire.TaskSpec{RestartInPlace: true, Containers: []*wire.Container{essential("main")}}))
+		if st := b.last(); st.GetLastStatus() != Running {
+			t.Fatalf("status %v", st)
+		}
 		missing := true
 		b.runtime.mu.Lock()
 		b.runtime.pull = func(context.Context, func(sdk.PullProgress)) error { missing = false; return nil }
