@@ -358,6 +358,40 @@ func TestRefusalShowedTheValueOfAnEnvironmentVariable(t *testing.T) {
 	}
 }
 
+func TestStartTookTheFilesFromASupervisorOnItsWay(t *testing.T) {
+	r := newRig(t, process.ModeOwn)
+	req := r.request("main", "exit 0")
+	req.Spec.Command = []string{"/no/such"}
+	dir := filepath.Join(r.state, "tasks", req.Attempt.Task, "a", "main", "1")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	meta := `{"mode":"own","boot":"` + strings.TrimSpace(string(boot)) + `"}`
+	if err := os.WriteFile(filepath.Join(dir, "meta"), []byte(meta), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// A supervisor that has not come to its lock yet, made by a plugin that is
+	// dead by now.
+	slow := exec.Command("/bin/sh", "-c", "sleep 0.3; :", "run", dir)
+	if err := slow.Start(); err != nil {
+		t.Fatal(err)
+	}
+	gone := make(chan struct{})
+	go func() { _ = slow.Wait(); close(gone) }()
+	if _, err := r.Start(t.Context(), req); sdk.KindOf(err) != sdk.NotFound {
+		t.Errorf("Start: %v", err)
+	}
+	select {
+	case <-gone:
+	default:
+		t.Error("Start did not wait for it")
+	}
+}
+
 func TestHostPorts(t *testing.T) {
 	r := newRig(t, process.ModeOwn)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
