@@ -57,7 +57,7 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 		case errors.Is(err, errHalfMade) && time.Now().Before(deadline):
 			interrupted = true
 			r.log.Info("cleared away what an interrupted start left", "container", containerID(q.Attempt))
-		case (interrupted || errdefs.IsAlreadyExists(err)) && unsettled(err) && time.Now().Before(deadline):
+		case (interrupted || nameTaken(err)) && unsettled(err) && time.Now().Before(deadline):
 			interrupted = true
 		default:
 			return sdk.Container{}, r.fail(op, err)
@@ -81,6 +81,13 @@ type undoneError struct {
 
 func (e *undoneError) Unwrap() error { return e.error }
 
+// nameTaken tells whether a start failed because something of the same name is
+// there: containerd's word for it, or that of a shim whose directory an
+// abandoned start has not given back yet.
+func nameTaken(err error) bool {
+	return errdefs.IsAlreadyExists(err) || strings.Contains(err.Error(), "file exists")
+}
+
 // unsettled tells whether a start failed because an abandoned one of the same
 // name is still being undone.
 func unsettled(err error) bool {
@@ -88,7 +95,7 @@ func unsettled(err error) bool {
 	if errors.As(err, &known) {
 		return false
 	}
-	return errdefs.IsAlreadyExists(err) || errdefs.IsNotFound(err) || strings.Contains(err.Error(), "file exists") ||
+	return nameTaken(err) || errdefs.IsNotFound(err) ||
 		strings.Contains(err.Error(), "failed to start shim") || strings.Contains(err.Error(), "ttrpc: closed") ||
 		strings.Contains(err.Error(), "unable to retrieve OCI runtime error") // the bundle was removed under runc
 }
@@ -158,8 +165,9 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 		return sdk.Container{}, err
 	}
 	defer release()
+	unknown := false // whether the program has run
 	defer func() {
-		if err != nil {
+		if err != nil && !unknown {
 			ctx, cancel := after(ctx)
 			defer cancel()
 			if left := r.discard(ctx, id, q.Spec.Ports); left != nil {
@@ -196,20 +204,31 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 	if err := g.Wait(); err != nil {
 		return sdk.Container{}, err
 	}
+	if err := ctx.Err(); err != nil {
+		return sdk.Container{}, err // the last moment to give up
+	}
 	if err := r.mark(id, "started"); err != nil {
 		return sdk.Container{}, err
 	}
-	if _, err := r.client.TaskService().Start(ctx, &tasksapi.StartRequest{ContainerID: id}); err != nil {
-		return sdk.Container{}, errgrpc.ToNative(err)
-	}
-	h, err := r.find(ctx, q.Attempt)
+	// From here on the program may run. If the caller goes away now it stays:
+	// the next one to ask finds it, where undoing it would run it twice.
+	ctx, cancel := after(ctx)
+	defer cancel()
+	_, err = r.client.TaskService().Start(ctx, &tasksapi.StartRequest{ContainerID: id})
 	if err != nil {
+		err = errgrpc.ToNative(err)
+	}
+	h, found := r.find(ctx, q.Attempt)
+	switch {
+	case found == nil && h != nil && (err == nil || h.container.State == sdk.StateRunning):
+		return h.container, nil
+	case found != nil:
+		unknown = true
+		return sdk.Container{}, errors.Join(err, found)
+	case err != nil:
 		return sdk.Container{}, err
 	}
-	if h == nil {
-		return sdk.Container{}, errors.New("containerd lost the container it just started")
-	}
-	return h.container, nil
+	return sdk.Container{}, errors.New("containerd lost the container it just started")
 }
 
 // createTask makes the container's record, root file system and process; the

@@ -109,6 +109,10 @@ func (r *Runtime) Start(ctx context.Context, req sdk.StartRequest) (sdk.Containe
 	return c, sortOut(op, err)
 }
 
+// launchTime is how long a program may take from its supervisor's start to
+// its own, on a device that swaps.
+const launchTime = 30 * time.Second
+
 func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.StartRequest) (sdk.Container, error) {
 	known, err := a.known()
 	if err != nil {
@@ -141,6 +145,13 @@ func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.Star
 	if err := a.save(fields); err != nil {
 		return sdk.Container{}, errors.Join(err, a.forget())
 	}
+	if err := ctx.Err(); err != nil {
+		return sdk.Container{}, errors.Join(err, a.forget()) // the last moment to give up
+	}
+	// From here on the program may run. If the caller goes away now it stays:
+	// the next one to ask finds it, where undoing it would run it twice.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), launchTime)
+	defer cancel()
 	o, err := r.launch(ctx, a)
 	if err == nil {
 		if step, errno, failed := a.failed(); failed {
