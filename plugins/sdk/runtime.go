@@ -42,7 +42,9 @@ type Runtime interface {
 	// process, and after an exit it returns the exit. Errors: Invalid (this
 	// spec can never start), NotFound (image or program), Conflict (a host
 	// port or name is taken), Unsupported (names the feature), Unavailable.
-	// After an error nothing of the attempt is left running.
+	// After an error nothing of the attempt is left running, but for a caller
+	// whose context ended: once the program may have run it stays, and the
+	// next Start adopts it. Undoing it would run it twice.
 	Start(ctx context.Context, r StartRequest) (Container, error)
 
 	// Stop sends the stop signal of the attempt's image (SIGTERM unless it

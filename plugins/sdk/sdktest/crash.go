@@ -1,6 +1,7 @@
 package sdktest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -90,6 +91,37 @@ func testCrashInStart(t *testing.T, r *rig) {
 		checkExit(t, "Stop", stopped, 137)
 		if got := readFile(t, req.Stdout); got != "started\n" {
 			t.Errorf("killed after %s: output is %q: the program ran twice", after, got)
+		}
+	}
+}
+
+// testStarterGoesAway ends the caller's context at random moments of Start and
+// starts again, as an agent that was killed does while the plugin lives on:
+// what ran goes on, and it ran once.
+func testStarterGoesAway(t *testing.T, r *rig) {
+	usual := r.usualStart(t)
+	for range r.opts.HangUp {
+		req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
+		after := rand.N(usual + usual/4)
+		ctx, cancel := context.WithTimeout(r.ctx(t), after)
+		_, _ = r.runtime.Start(ctx, req) // too late or not
+		cancel()
+		var c sdk.Container
+		r.eventually(t, fmt.Sprintf("gone away after %s: it runs", after), func() (err error) {
+			c, err = r.runtime.Start(r.ctx(t), req)
+			return err
+		})
+		if c.State != sdk.StateRunning {
+			t.Errorf("gone away after %s: second Start returned %+v, want it running", after, c)
+			continue
+		}
+		r.wantOutput(t, req.Stdout, "started\n")
+		if _, err := r.runtime.Stop(r.ctx(t), req.Attempt, 0); err != nil {
+			t.Errorf("gone away after %s: Stop: %v", after, err)
+			continue
+		}
+		if got := readFile(t, req.Stdout); got != "started\n" {
+			t.Errorf("gone away after %s: output is %q: the program ran twice", after, got)
 		}
 	}
 }

@@ -88,6 +88,7 @@ func Runtime(t *testing.T, o RuntimeOptions) {
 		{"plugin killed while a container runs", testCrashWhileRunning},
 		{"plugin killed, container exits meanwhile", testCrashWhileExiting},
 		{"plugin killed, container is killed meanwhile", testCrashWhileKilled},
+		{"starter goes away", testStarterGoesAway},
 		{"plugin killed in the middle of start", testCrashInStart},
 		{"plugin killed in the middle of a start that is given up", testCrashInStartGivenUp},
 		{"plugin killed in the middle of stop", testCrashInStop},
