@@ -43,6 +43,9 @@ func TestMain(m *testing.M) {
 		if out, err := exec.Command("ip", "link", "del", bridgeName).CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "delete bridge: %v: %s\n", err, out)
 		}
+		for _, rule := range [][]string{{"-i", bridgeName, "-j", "ACCEPT"}, {"-o", bridgeName, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT"}} {
+			_ = exec.Command("iptables", append([]string{"-w", "10", "-D", "FORWARD"}, rule...)...).Run()
+		}
 		_ = os.RemoveAll(filepath.Join("/run/belay-cni", bridgeName))
 	}
 	if shared.ctd != nil {

@@ -25,7 +25,7 @@ type info struct {
 	Limits        map[string][2]uint64
 }
 
-// run runs one container to its end and returns its exit and its output.
+// exits runs one container to its end and returns its exit and its output.
 func (w *world) exits(task sdk.TaskSpec, image string, change func(*sdk.ContainerSpec), command ...string) (sdk.Container, string) {
 	w.t.Helper()
 	a := w.attempt(task)
@@ -35,6 +35,10 @@ func (w *world) exits(task sdk.TaskSpec, image string, change func(*sdk.Containe
 	}
 	w.start(q)
 	c := w.exit(a)
+	// The shim may still be writing; removing waits for it.
+	if err := w.rt.Remove(w.ctx(), a); err != nil {
+		w.t.Fatalf("Remove: %v", err)
+	}
 	return c, read(w.t, q.Stdout) + read(w.t, q.Stderr)
 }
 

@@ -22,6 +22,7 @@ import (
 
 // bridge connects containers to one bridge on the host through CNI plugins.
 type bridge struct {
+	name    string
 	binDirs []string
 	list    *libcni.NetworkConfigList
 	listErr error
@@ -29,7 +30,8 @@ type bridge struct {
 	netns   string // directory of bind mounts that hold network namespaces
 	results string // directory of the plugins' answers
 
-	mu sync.Mutex // setting up the bridge itself is racy in the plugins
+	mu      sync.Mutex // setting up the bridge itself is racy in the plugins
+	allowed bool
 }
 
 // addresses outlive the run directory of any one agent, as the bridge does,
@@ -37,7 +39,7 @@ type bridge struct {
 const addressDir = "/run/belay-cni"
 
 func newBridge(c Config, runDir string) *bridge {
-	b := &bridge{binDirs: c.CNIBinDirs, netns: filepath.Join(runDir, "netns"), results: filepath.Join(runDir, "cni")}
+	b := &bridge{name: c.Bridge.Name, binDirs: c.CNIBinDirs, netns: filepath.Join(runDir, "netns"), results: filepath.Join(runDir, "cni")}
 	br := map[string]any{
 		"type": "bridge", "bridge": c.Bridge.Name, "isGateway": true, "ipMasq": true, "hairpinMode": true,
 		"ipam": map[string]any{
@@ -49,12 +51,7 @@ func newBridge(c Config, runDir string) *bridge {
 	if c.Bridge.MTU > 0 {
 		br["mtu"] = c.Bridge.MTU
 	}
-	plugins := []map[string]any{br}
-	if b.find("firewall") != "" {
-		// Lets traffic through where a firewall's policy is to drop.
-		plugins = append(plugins, map[string]any{"type": "firewall"})
-	}
-	plugins = append(plugins, map[string]any{"type": "portmap", "snat": true, "capabilities": map[string]bool{"portMappings": true}})
+	plugins := []map[string]any{br, {"type": "portmap", "snat": true, "capabilities": map[string]bool{"portMappings": true}}}
 	conf, err := json.Marshal(map[string]any{"cniVersion": "0.4.0", "name": c.Bridge.Name, "plugins": plugins})
 	if err == nil {
 		b.list, err = libcni.ConfListFromBytes(conf)
@@ -130,6 +127,9 @@ func loopbackUp() error {
 func (b *bridge) connect(ctx context.Context, id string, ports []sdk.PortMapping) (ip string, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if err := b.allow(ctx); err != nil {
+		return "", err
+	}
 	res, err := b.cni.AddNetworkList(ctx, b.list, b.conf(id, ports))
 	if err != nil {
 		return "", fmt.Errorf("connect to the bridge network: %w", err)
@@ -142,6 +142,31 @@ func (b *bridge) connect(ctx context.Context, id string, ports []sdk.PortMapping
 		return "", errors.New("connect to the bridge network: no address was given")
 	}
 	return r.IPs[0].Address.IP.String(), nil
+}
+
+// allow lets the bridge's traffic through where a firewall's policy is to
+// drop: two rules a bridge. CNI's own firewall plugin makes rules for every
+// address, and leaves them behind when an ADD is interrupted.
+func (b *bridge) allow(ctx context.Context) error {
+	if b.allowed {
+		return nil
+	}
+	for _, rule := range [][]string{
+		{"-i", b.name, "-j", "ACCEPT"},
+		{"-o", b.name, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT"},
+	} {
+		run := func(verb string) ([]byte, error) {
+			return exec.CommandContext(ctx, "iptables", append([]string{"-w", "10", verb, "FORWARD"}, rule...)...).CombinedOutput()
+		}
+		if _, err := run("-C"); err == nil {
+			continue
+		}
+		if out, err := run("-I"); err != nil {
+			return fmt.Errorf("let traffic of %s through the firewall: %w: %s", b.name, err, strings.TrimSpace(string(out)))
+		}
+	}
+	b.allowed = true
+	return nil
 }
 
 // release undoes makeNetNS and connect, whole or partly done, any number of times.
