@@ -106,17 +106,36 @@ func TestLimitsOfTaskAndContainer(t *testing.T) {
 }
 
 func TestOutOfMemoryIsSaid(t *testing.T) {
-	r := newRig(t, process.ModeOwn)
-	req := r.request("main", "exec tail /dev/zero")
-	req.Spec.Limits.MemoryBytes = 32 << 20
-	if _, err := r.Start(t.Context(), req); sdk.KindOf(err) == sdk.Unsupported {
-		t.Skipf("no memory limit here: %v", err)
-	} else if err != nil {
-		t.Fatal(err)
-	}
-	if got := r.exited(req.Attempt); code(got) != "137" || !got.OOMKilled {
-		t.Errorf("exit is %s, OOMKilled %t; want 137, true", code(got), got.OOMKilled)
-	}
+	bothModes(t, func(r *rig) {
+		req := r.request("main", "exec tail /dev/zero")
+		req.Spec.Limits.MemoryBytes = 32 << 20
+		if _, err := r.Start(r.Context(), req); sdk.KindOf(err) == sdk.Unsupported {
+			r.Skipf("no memory limit here: %v", err)
+		} else if err != nil {
+			r.Fatal(err)
+		}
+		if got := r.exited(req.Attempt); code(got) != "137" || !got.OOMKilled {
+			r.Errorf("exit is %s, OOMKilled %t; want 137, true", code(got), got.OOMKilled)
+		}
+	})
+}
+
+// A child that falls to the memory limit is its program's business: what the
+// program makes of it is the exit, as in a container.
+func TestOutOfMemoryOfAChildLeavesTheProgram(t *testing.T) {
+	bothModes(t, func(r *rig) {
+		req := r.request("main", "tail /dev/zero; echo survived $?; exit 7")
+		req.Spec.Limits.MemoryBytes = 32 << 20
+		if _, err := r.Start(r.Context(), req); sdk.KindOf(err) == sdk.Unsupported {
+			r.Skipf("no memory limit here: %v", err)
+		} else if err != nil {
+			r.Fatal(err)
+		}
+		got := r.exited(req.Attempt)
+		if out := r.output(req); code(got) != "7" || out != "survived 137\n" {
+			r.Errorf("exit is %s after %q (OOMKilled %t, %q); want 7 after its child's 137", code(got), out, got.OOMKilled, got.Reason)
+		}
+	})
 }
 
 // The plugin's own processes must not fall to a limit that only lets one in.
