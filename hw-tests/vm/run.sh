@@ -94,7 +94,7 @@ payload() {
 [ -e "$cache/disk" ] || base
 echo "building the tests" >&2
 payload
-console=$cache/console.log
+console=$work/console.log
 echo "booting; the console is in $console" >&2
 # Emulation always works; a /dev/kvm inside a virtual machine may open and then
 # leave the kernel hanging, so KVM is for those who ask.
