@@ -89,6 +89,7 @@ type Agent struct {
 	names    map[string]bool               // calls under way, for shutdown
 	up       bool
 	broken   string            // the journal's last logged error
+	refused  string            // the same of an assignment
 	unlisted map[string]string // per runtime, the last logged error of List
 }
 
@@ -324,7 +325,7 @@ func (a *Agent) Assign(ctx context.Context, incarnation string, full bool, set [
 	var err error
 	asked := a.ask(ctx, func(s *State) {
 		err = s.assign(a.cfg.Journal, incarnation, full, set, sequence, a.cfg.Clock.Now())
-		a.logJournal(err)
+		a.logAssign(err)
 		if err == nil {
 			a.hold()
 			a.cfg.Uplink.AckAssignments(incarnation, sequence)
@@ -372,6 +373,23 @@ func (a *Agent) ask(ctx context.Context, f func(*State)) error {
 	}
 	<-q.done // it was taken: f is running or has run
 	return nil
+}
+
+// logAssign is apart from logJournal: on a full disk there may be room for a
+// record and none for an assignment.
+func (a *Agent) logAssign(err error) {
+	msg := ""
+	if err != nil {
+		msg = err.Error()
+	}
+	switch {
+	case msg == a.refused:
+	case msg != "":
+		a.cfg.Logger.Error("assignments cannot be taken over: what is new in them is not started until they can", "error", msg)
+	default:
+		a.cfg.Logger.Info("assignments are taken over again")
+	}
+	a.refused = msg
 }
 
 func (a *Agent) logJournal(err error) {

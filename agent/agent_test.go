@@ -183,6 +183,56 @@ func TestPullWithoutProgressIsTriedAgain(t *testing.T) {
 	})
 }
 
+func TestEachStepOfAPullLeftATimerBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBubble(t, 0.5)
+		b.runtime.pull = func(_ context.Context, progress func(sdk.PullProgress)) error {
+			for n := range uint64(1000) {
+				time.Sleep(time.Second)
+				progress(sdk.PullProgress{Bytes: 1000, BytesDone: n})
+			}
+			return nil
+		}
+		b.assign(running(&wire.TaskSpec{Containers: []*wire.Container{essential("main")}}))
+		time.Sleep(20 * time.Minute)
+		if st := b.last(); st.GetLastStatus() != Running {
+			t.Fatalf("a slow pull that never stalled: %v", st)
+		}
+		if n := b.clock.stalls.Load(); n > 5 {
+			t.Errorf("%d timers of %s were set", n, pullStall)
+		}
+	})
+}
+
+func TestImageThatWasDeletedLaterWasNotPulledAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBubble(t, 0.5)
+		b.assign(running(&wire.TaskSpec{RestartInPlace: true, Containers: []*wire.Container{essential("main")}}))
+		if st := b.last(); st.GetLastStatus() != Running {
+			t.Fatalf("status %v", st)
+		}
+		missing := true
+		b.runtime.mu.Lock()
+		b.runtime.pull = func(context.Context, func(sdk.PullProgress)) error { missing = false; return nil }
+		b.runtime.start = func(sdk.StartRequest) error {
+			if missing {
+				return sdk.Errorf(sdk.NotFound, "start", "no such image")
+			}
+			return nil
+		}
+		b.runtime.mu.Unlock()
+		b.runtime.dies("main", 1)
+		time.Sleep(5 * time.Second)
+		want := []string{"520ms start main/2", "520ms pull main:1@sha256:1", "520ms start main/2"}
+		if d := cmp.Diff(want, b.calls()[2:]); d != "" {
+			t.Errorf("calls (-want +got):\n%s", d)
+		}
+		if st := b.last(); st.GetLastStatus() != Running || st.GetContainers()[0].GetAttempt() != 2 {
+			t.Errorf("status %v", st)
+		}
+	})
+}
+
 func TestHealthCheckKeepsItsIntervalAndRestartsAServiceInPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBubble(t, 0.5)
@@ -284,6 +334,31 @@ func TestFullDiskStartsNothingAndRecovers(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		if st := b.last(); st.GetContainers()[0].GetAttempt() != 2 || st.GetContainers()[0].GetLastStatus() != Running || st.GetNote() != "" {
 			t.Errorf("with room again: %v", st)
+		}
+	})
+}
+
+func TestRefusedAssignmentWasLoggedAsAStateThatCanBeWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBubble(t, 0.5)
+		set := func(broken bool) { _ = b.ask(context.Background(), func(*State) { b.journal.broken = broken }) }
+		set(true)
+		a := running(&wire.TaskSpec{Containers: []*wire.Container{essential("main")}})
+		for range 3 { // as the link does
+			if b.Assign(context.Background(), "one", false, []*wire.Assignment{a}, 1) == nil {
+				t.Error("a set was acknowledged that is not on disk")
+			}
+			time.Sleep(time.Second)
+		}
+		set(false)
+		b.assign(a)
+		b.last()
+		for what, want := range map[string]int{
+			"assignments cannot be taken over": 1, "assignments are taken over again": 1, "state can be written": 0,
+		} {
+			if n := b.log.count(what); n != want {
+				t.Errorf("logged %d times, want %d: %s", n, want, what)
+			}
 		}
 	})
 }

@@ -242,6 +242,7 @@ func (s *State) finishPull(t *Task, c *Container, r result, now time.Duration) {
 func (s *State) finishStart(t *Task, c *Container, r result, now time.Duration) {
 	if r.err == nil {
 		c.retry, c.conflicts = retry{}, 0
+		c.pulled = false // what is there now may be gone by the next attempt
 		c.StartedAt = now
 		s.observe(t, c, r.found, now, false)
 		return

@@ -69,7 +69,7 @@ func (s *State) assignOne(j Journal, incarnation string, a *wire.Assignment) err
 			return nil // nothing to stop, nothing to forget
 		}
 		if err := j.SaveAssignment(a); err != nil {
-			return fmt.Errorf("save assignment of task %s: %w", id, err)
+			return err // it names the task and the file
 		}
 		t = newTask(a)
 		s.add(t)

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,17 +24,44 @@ type bubble struct {
 	runtime  *fakeRuntime
 	journal  *simJournal
 	outputs  *fakeOutputs
+	log      logged
 	mu       sync.Mutex
 	statuses map[string][]*wire.TaskStatus
 	stop     func() error
 }
 
-type bubbleClock struct{ began time.Time }
+type bubbleClock struct {
+	began  time.Time
+	stalls atomic.Int32 // timers set that wait for a pull to stall
+}
 
-func (c *bubbleClock) Now() time.Duration                     { return time.Since(c.began) + time.Minute }
-func (c *bubbleClock) When() *wire.When                       { return &wire.When{} }
-func (c *bubbleClock) BootID() string                         { return "boot" }
-func (c *bubbleClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+func (c *bubbleClock) Now() time.Duration { return time.Since(c.began) + time.Minute }
+func (c *bubbleClock) When() *wire.When   { return &wire.When{} }
+func (c *bubbleClock) BootID() string     { return "boot" }
+func (c *bubbleClock) After(d time.Duration) <-chan time.Time {
+	if d == pullStall {
+		c.stalls.Add(1)
+	}
+	return time.After(d)
+}
+
+// logged is what the agent has logged.
+type logged struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logged) count(what string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Count(l.text.String(), what)
+}
 
 // fakeRuntime scripts what calls answer; what is not scripted goes well.
 type fakeRuntime struct {
@@ -185,7 +214,7 @@ func newBubble(t *testing.T, jitter float64) *bubble {
 	j := newSimJournal()
 	began := time.Now()
 	b := &bubble{
-		t: t, clock: &bubbleClock{began}, journal: j, statuses: map[string][]*wire.TaskStatus{},
+		t: t, clock: &bubbleClock{began: began}, journal: j, statuses: map[string][]*wire.TaskStatus{},
 		outputs: &fakeOutputs{content: map[string]string{}},
 		runtime: &fakeRuntime{
 			simRuntime: newSimRuntime(j), events: make(chan sdk.Attempt, 10),
@@ -194,7 +223,7 @@ func newBubble(t *testing.T, jitter float64) *bubble {
 	}
 	a, err := New(Config{
 		Runtimes: b.runtime, Journal: j, Uplink: b, Outputs: b.outputs, Volumes: nowhere{}, Clock: b.clock,
-		InstanceID: "device", Jitter: func() float64 { return jitter },
+		InstanceID: "device", Jitter: func() float64 { return jitter }, Logger: slog.New(slog.NewTextHandler(&b.log, nil)),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -94,20 +95,20 @@ func (h *hands) perform(ctx context.Context, j job) result {
 func (h *hands) pull(ctx context.Context, rt sdk.Runtime, j job) (sdk.Image, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	moved := make(chan struct{}, 1)
+	var moved atomic.Int64 // when it last made progress
+	moved.Store(int64(h.clock.Now()))
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
-		for {
+		// One timer at a time: progress comes many times a second.
+		for left := pullStall; left > 0; left = time.Duration(moved.Load()) + pullStall - h.clock.Now() {
 			select {
 			case <-ctx.Done():
 				return
-			case <-moved:
-			case <-h.clock.After(pullStall):
-				cancel(sdk.Errorf(sdk.Deadline, "pull "+j.image, "no progress for %s", pullStall))
-				return
+			case <-h.clock.After(left):
 			}
 		}
+		cancel(sdk.Errorf(sdk.Deadline, "pull "+j.image, "no progress for %s", pullStall))
 	}()
 	var last sdk.PullProgress
 	img, err := rt.Pull(ctx, sdk.PullRequest{
@@ -117,10 +118,7 @@ func (h *hands) pull(ctx context.Context, rt sdk.Runtime, j job) (sdk.Image, err
 			return
 		}
 		last = p
-		select {
-		case moved <- struct{}{}:
-		default:
-		}
+		moved.Store(int64(h.clock.Now()))
 		if h.progress != nil {
 			h.progress(j.Attempt, p)
 		}

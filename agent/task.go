@@ -65,7 +65,7 @@ type Container struct {
 
 	// The image, resolved once per task.
 	Image, Digest string
-	pulled        bool // in this life of the agent
+	pulled        bool // since the last start that went well: not finding it is final
 	refetch       bool // the runtime lost it: pull it again, by digest
 	pulling       bool
 	canceled      bool // the pull under way was told to end

@@ -203,6 +203,11 @@ func (p *Plane) Enroll(ctx context.Context, e Enrollment) (Instance, bool, error
 	if len(e.ActivationID) != 32 || !isHex(e.ActivationID) || len(e.KeyFingerprint) != 64 || !isHex(e.KeyFingerprint) {
 		return Instance{}, false, Errorf(InvalidArgument, "the activation id must be 32 hex digits and the key fingerprint 64")
 	}
+	told := Hello{AgentVersion: e.AgentVersion, Hostname: e.Hostname, HashedMachineID: e.HashedMachineID, Facts: e.Facts}
+	if err := told.bound(); err != nil {
+		return Instance{}, false, err
+	}
+	e.AgentVersion, e.Hostname, e.HashedMachineID = told.AgentVersion, told.Hostname, told.HashedMachineID
 	// Enrolments are rare and all of one activation write its record: in turn
 	// they need one try each. Other replicas are met by the compare.
 	ctx, cancel := context.WithTimeout(ctx, operationTimeout)

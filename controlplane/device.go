@@ -2,9 +2,12 @@ package controlplane
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
+
+	"google.golang.org/protobuf/proto"
 
 	"github.com/belay-edge/belay/controlplane/wire"
 )
@@ -22,11 +25,14 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 			c.Reason = bounded(c.Reason)
 		}
 	}
-	if len(s.Containers) > 64 {
-		return Errorf(InvalidArgument, "task %s: %d containers are too many", s.TaskId, len(s.Containers))
+	if size := proto.Size(s); size > maxReport || len(s.Containers) > maxReported {
+		return Errorf(InvalidArgument, "task %s: a status of %d bytes and %d containers: at most %d and %d are stored", s.TaskId, size, len(s.Containers), maxReport, maxReported)
 	}
 	_, _, err := mutate(ctx, p, "storing a task's status", "", nil, func() (*change, struct{}, error) {
 		e, err := p.task(s.TaskId)
+		if errors.Is(err, NotFound) {
+			err = p.confirmGone(ctx, s.TaskId, err)
+		}
 		if err != nil {
 			return nil, struct{}{}, err
 		}
@@ -54,6 +60,20 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 	return err
 }
 
+// confirmGone asks the store whether it lacks a task as memory does. A device
+// that is told NotFound removes the task, which may be running: memory that is
+// behind, or could not read the record, is not enough for that.
+func (p *Plane) confirmGone(ctx context.Context, id string, notFound error) error {
+	kv, err := p.store.Get(ctx, taskKey(id))
+	switch {
+	case err != nil:
+		return err
+	case kv.ModRevision == 0:
+		return notFound
+	}
+	return Errorf(Unavailable, "task %s is in the store but not in memory: the log says why, if it stays so", id)
+}
+
 // release gives back the room of a stopped task.
 func (p *Plane) release(c *change, t Task) error {
 	var b entry[Bindings]
@@ -66,6 +86,10 @@ func (p *Plane) release(c *change, t Task) error {
 	c.compare(bindingsKey(t.Instance), b.Mod)
 	return c.put(bindingsKey(t.Instance), b.V)
 }
+
+// maxReport bounds what is stored of one thing that a device tells: a task's
+// status, its facts. Honest ones are a tenth of it.
+const maxReport = 256 << 10
 
 // bounded cuts a text of a device's to what is worth storing.
 func bounded(s string) string {

@@ -2,11 +2,5 @@ package controlplane
 
 import "context"
 
-// SweepNow is one pass of the sweep.
-func (p *Plane) SweepNow(ctx context.Context) error {
-	if err := p.sweepTasks(ctx); err != nil {
-		return err
-	}
-	_, err := p.sweepTokens(ctx, "")
-	return err
-}
+// SweepNow is one round of the sweep.
+func (p *Plane) SweepNow(ctx context.Context) error { return p.sweep(ctx) }

@@ -151,8 +151,30 @@ func (p *Plane) Authenticate(ctx context.Context, instance, keyFingerprint strin
 	return i, nil
 }
 
+// bound cuts what a device tells of itself to what is worth storing, and
+// refuses what is no description of a device.
+func (h *Hello) bound() error {
+	for _, text := range []*string{&h.AgentVersion, &h.Hostname, &h.HashedMachineID} {
+		*text = bounded(*text)
+	}
+	for i := range h.Facts.Plugins {
+		h.Facts.Plugins[i].LastError = bounded(h.Facts.Plugins[i].LastError)
+	}
+	b, err := json.Marshal(h)
+	if err != nil {
+		return fmt.Errorf("encoding what a device tells of itself: %w", err)
+	}
+	if len(b) > maxReport {
+		return Errorf(InvalidArgument, "what the device tells of itself has %d bytes, at most %d are stored: does a plugin tell too much?", len(b), maxReport)
+	}
+	return nil
+}
+
 // ReportFacts implements Devices.
 func (p *Plane) ReportFacts(ctx context.Context, instance string, h Hello) error {
+	if err := h.bound(); err != nil {
+		return err
+	}
 	_, _, err := mutate(ctx, p, "storing what a device tells of itself", "", nil, func() (*change, struct{}, error) {
 		e, err := p.instance(instance)
 		if err != nil {

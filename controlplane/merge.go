@@ -81,9 +81,14 @@ func durable(t Task) Task {
 	return t
 }
 
+// maxReported bounds what a device can make of a task, whose definition has
+// far fewer.
+const maxReported = 64
+
 // mergeContainers takes over what is reported of the containers a task has,
 // and of any other, at the end. An attempt is never followed by an earlier
-// one, and an exit code once known of an attempt stays known.
+// one, and within one no status by an earlier one; an exit code once known of
+// an attempt stays known.
 func mergeContainers(have []ContainerStatus, report []*wire.ContainerStatus) []ContainerStatus {
 	out := slices.Clone(have)
 	for _, r := range report {
@@ -93,11 +98,13 @@ func mergeContainers(have []ContainerStatus, report []*wire.ContainerStatus) []C
 		n := containerFrom(r)
 		i := slices.IndexFunc(out, func(c ContainerStatus) bool { return c.Name == n.Name })
 		if i < 0 {
-			out = append(out, n)
+			if len(out) < maxReported {
+				out = append(out, n)
+			}
 			continue
 		}
 		old := out[i]
-		if n.Attempt < old.Attempt {
+		if n.Attempt < old.Attempt || n.Attempt == old.Attempt && rank(n.LastStatus) < rank(old.LastStatus) {
 			continue
 		}
 		n.Essential = old.Essential

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -35,6 +36,13 @@ func TestMerge(t *testing.T) {
 		{"an unknown status is none", running, &wire.TaskStatus{LastStatus: "FLYING"}, running, unchanged},
 		{"an earlier attempt is an old report", running,
 			&wire.TaskStatus{LastStatus: "RUNNING", Containers: []*wire.ContainerStatus{{Name: "a", LastStatus: "STOPPED", Attempt: 1, ExitCode: ptr(int32(1))}}}, running, unchanged},
+		{"an earlier status of the same attempt is an old report", with(func(n *Task) {
+			n.Containers[0].LastStatus, n.Containers[0].ExitCode, n.Containers[0].PID = "STOPPED", ptr(0), 0
+		}),
+			&wire.TaskStatus{LastStatus: "RUNNING", Containers: []*wire.ContainerStatus{{Name: "a", LastStatus: "RUNNING", Attempt: 2, Pid: 7}}},
+			with(func(n *Task) {
+				n.Containers[0].LastStatus, n.Containers[0].ExitCode, n.Containers[0].PID = "STOPPED", ptr(0), 0
+			}), unchanged},
 		{"exit code 0 is a value", running,
 			&wire.TaskStatus{LastStatus: "STOPPED", StopCode: "EssentialContainerExited", StoppedReason: "essential container exited", Containers: []*wire.ContainerStatus{{Name: "a", LastStatus: "STOPPED", Attempt: 2, ExitCode: ptr(int32(0))}}},
 			with(func(n *Task) {
@@ -67,6 +75,18 @@ func TestMerge(t *testing.T) {
 	}
 }
 
+// A device that names other containers in every report made the task grow
+// until the store was full.
+func TestMergeBoundsContainers(t *testing.T) {
+	task := Task{LastStatus: StatusRunning}
+	for n := range 3 * maxReported {
+		task, _ = merge(task, &wire.TaskStatus{LastStatus: "RUNNING", Containers: []*wire.ContainerStatus{{Name: fmt.Sprint(n), LastStatus: "RUNNING"}}}, time.Unix(1, 0))
+	}
+	if len(task.Containers) != maxReported {
+		t.Errorf("%d containers, want at most %d", len(task.Containers), maxReported)
+	}
+}
+
 // Whatever is reported, in whatever order: never backwards, and once stopped
 // never different.
 func TestMergeOnlyMovesForward(t *testing.T) {
@@ -76,7 +96,7 @@ func TestMergeOnlyMovesForward(t *testing.T) {
 		for range rapid.IntRange(1, 20).Draw(rt, "reports") {
 			s := &wire.TaskStatus{LastStatus: rapid.SampledFrom(statuses).Draw(rt, "status"), Note: rapid.SampledFrom([]string{"", "a"}).Draw(rt, "note")}
 			for range rapid.IntRange(0, 2).Draw(rt, "containers") {
-				c := &wire.ContainerStatus{Name: rapid.SampledFrom([]string{"a", "b"}).Draw(rt, "name"), Attempt: rapid.Uint32Range(0, 3).Draw(rt, "attempt")}
+				c := &wire.ContainerStatus{Name: rapid.SampledFrom([]string{"a", "b"}).Draw(rt, "name"), Attempt: rapid.Uint32Range(0, 3).Draw(rt, "attempt"), LastStatus: rapid.SampledFrom(statuses).Draw(rt, "container status")}
 				if rapid.Bool().Draw(rt, "exited") {
 					c.ExitCode = ptr(int32(rapid.IntRange(0, 2).Draw(rt, "code")))
 				}
@@ -94,7 +114,7 @@ func TestMergeOnlyMovesForward(t *testing.T) {
 			}
 			for _, old := range task.Containers {
 				for _, c := range next.Containers {
-					if c.Name == old.Name && (c.Attempt < old.Attempt || c.Attempt == old.Attempt && old.ExitCode != nil && c.ExitCode == nil) {
+					if c.Name == old.Name && (c.Attempt < old.Attempt || c.Attempt == old.Attempt && (old.ExitCode != nil && c.ExitCode == nil || rank(c.LastStatus) < rank(old.LastStatus))) {
 						rt.Fatalf("container from %+v to %+v", old, c)
 					}
 				}

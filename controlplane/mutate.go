@@ -69,6 +69,14 @@ func mutate[R any](ctx context.Context, p *Plane, operation, token string, reque
 			}
 		}
 		c, result, err := build()
+		if record != nil && (err != nil || c == nil || len(c.ops) == 0) {
+			// The call that this one repeats may still have been under way and
+			// be the reason: the room it took, the object it deleted.
+			answer, revision, found, err := replay[R](ctx, p, token, record)
+			if found || err != nil {
+				return answer, revision, err
+			}
+		}
 		if err != nil {
 			return none, 0, err
 		}

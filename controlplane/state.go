@@ -34,7 +34,6 @@ type records struct {
 	clusters    map[string]entry[Cluster]
 	activations map[string]entry[Activation]
 	instances   map[string]entry[Instance]
-	keys        map[string]entry[string]
 	bindings    map[string]entry[Bindings]
 	taskdefs    map[string]map[int]entry[TaskDefinitionRecord]
 	tasks       map[string]entry[Task]
@@ -45,8 +44,7 @@ type records struct {
 func newRecords() records {
 	return records{
 		clusters: map[string]entry[Cluster]{}, activations: map[string]entry[Activation]{},
-		instances: map[string]entry[Instance]{}, keys: map[string]entry[string]{},
-		bindings: map[string]entry[Bindings]{}, taskdefs: map[string]map[int]entry[TaskDefinitionRecord]{},
+		instances: map[string]entry[Instance]{}, bindings: map[string]entry[Bindings]{}, taskdefs: map[string]map[int]entry[TaskDefinitionRecord]{},
 		tasks: map[string]entry[Task]{}, specs: map[string]*wire.TaskSpec{},
 		onInstance: map[string]map[string]struct{}{},
 	}
@@ -135,12 +133,6 @@ func (r *records) put(kv KV) (topic string, err error) {
 		err = set(r.activations, rest, kv)
 	case "instances":
 		topic, err = instanceTopic(rest), set(r.instances, rest, kv)
-	case "keys":
-		if kv.Value == nil {
-			delete(r.keys, rest)
-		} else {
-			r.keys[rest] = entry[string]{string(kv.Value), kv.ModRevision}
-		}
 	case "bindings":
 		before := r.bindings[rest].V.Sequence
 		err = set(r.bindings, rest, kv)

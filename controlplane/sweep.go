@@ -3,37 +3,52 @@ package controlplane
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"time"
 )
 
 const (
 	sweepEvery = time.Minute
-	sweepBatch = 50   // objects a transaction
-	sweepMost  = 1000 // objects a pass, so that a pass is short
+	sweepBatch = 50                     // objects a transaction
+	sweepMost  = 1000                   // objects a pass, so that a pass is short
+	sweepPause = 100 * time.Millisecond // between passes while there is more
 	keepTokens = 24 * time.Hour
 )
 
 // sweepLoop deletes what is kept for a time only.
 func (p *Plane) sweepLoop(ctx context.Context) error {
-	cursor := ""
 	for {
-		if err := p.sweepTasks(ctx); err != nil && ctx.Err() == nil {
-			p.log.Warn("deleting old tasks failed, to be tried again", "error", err)
+		if err := p.sweep(ctx); err != nil && ctx.Err() == nil {
+			p.log.Warn("deleting what is no longer kept failed, to be tried again", "error", err, "in", sweepEvery)
 		}
-		next, err := p.sweepTokens(ctx, cursor)
-		if err != nil && ctx.Err() == nil {
-			p.log.Warn("deleting old client tokens failed, to be tried again", "error", err)
-		}
-		cursor = next
 		if !wait(ctx, sweepEvery) {
 			return nil
 		}
 	}
 }
 
-// sweepTasks deletes tasks stopped long ago, and finishes deregistrations
-// that a crash cut short.
-func (p *Plane) sweepTasks(ctx context.Context) error {
+// sweep goes through everything once.
+func (p *Plane) sweep(ctx context.Context) error {
+	cursor := ""
+	tokens := func(ctx context.Context) (more bool, err error) {
+		cursor, err = p.sweepTokens(ctx, cursor)
+		return cursor != "", err
+	}
+	return errors.Join(passes(ctx, p.sweepTasks), passes(ctx, tokens))
+}
+
+// passes repeats a pass while there is more to do.
+func passes(ctx context.Context, pass func(context.Context) (more bool, err error)) error {
+	for {
+		if more, err := pass(ctx); err != nil || !more || !wait(ctx, sweepPause) {
+			return err
+		}
+	}
+}
+
+// sweepTasks deletes tasks stopped long ago, some of them when there are more,
+// and finishes deregistrations that a crash cut short.
+func (p *Plane) sweepTasks(ctx context.Context) (more bool, err error) {
 	now := p.now()
 	var old []entry[Task]
 	orphaned := map[string]bool{}
@@ -44,14 +59,17 @@ func (p *Plane) sweepTasks(ctx context.Context) error {
 				if r.instances[e.V.Instance].V.Status != InstanceActive {
 					orphaned[e.V.Instance] = true
 				}
-			case now.Sub(e.V.StoppedAt) >= keepStopped && len(old) < sweepMost:
+			case now.Sub(e.V.StoppedAt) < keepStopped:
+			case len(old) == sweepMost:
+				more = true
+			default:
 				old = append(old, e)
 			}
 		}
 	})
 	for id := range orphaned {
 		if _, err := p.abandon(ctx, id); err != nil {
-			return err
+			return more, err
 		}
 	}
 	for len(old) > 0 {
@@ -65,10 +83,10 @@ func (p *Plane) sweepTasks(ctx context.Context) error {
 		old = old[n:]
 		// A lost race leaves them to the next pass.
 		if _, _, err := p.store.Txn(ctx, c.compares, c.ops); err != nil {
-			return err
+			return more, err
 		}
 	}
-	return nil
+	return more, nil
 }
 
 // sweepTokens deletes expired client tokens of the next sweepMost after

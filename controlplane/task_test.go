@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -72,6 +73,30 @@ func TestTaskLife(t *testing.T) {
 	wantCode(t, f.ReportTask(t.Context(), f.device(t, 2).ID, &wire.TaskStatus{TaskId: task.ID, LastStatus: "RUNNING"}), controlplane.NotFound)
 }
 
+// A task that ended by itself, which nobody wished to stop, is never wished
+// RUNNING again: not to a device that has everything, not to one that has
+// nothing, and not by a control plane that was started anew.
+func TestFinishedTaskIsNeverSentAsRunning(t *testing.T) {
+	f := newPlane(t)
+	i := f.device(t, 1)
+	f.register(t, sleep)
+	task := f.run(t, controlplane.NewTasks{TaskDefinition: "sleep"})[0]
+	f.report(t, task, &wire.TaskStatus{LastStatus: "STOPPED"})
+	for _, p := range []*fixture{f, open(t, f.store)} {
+		for _, from := range []struct {
+			incarnation string
+			sequence    uint64
+		}{{"", 0}, {p.Incarnation(), 0}, {p.Incarnation(), 99}} {
+			set, err := p.Assignments(t.Context(), i.ID, from.incarnation, from.sequence)
+			if err != nil || len(set.Set) != 1 || set.Set[0].Desired != "STOPPED" || set.Set[0].Spec != nil {
+				t.Errorf("to a device at %+v: %v, %v; want it STOPPED, without a specification", from, set.Set, err)
+			}
+		}
+		// A report of before, stored late, changes nothing.
+		p.report(t, task, &wire.TaskStatus{LastStatus: "RUNNING"})
+	}
+}
+
 func TestReportThatChangesNothingWritesNothing(t *testing.T) {
 	f := newPlane(t)
 	i := f.device(t, 1)
@@ -111,6 +136,22 @@ func TestPullProgressIsSeenButNotWritten(t *testing.T) {
 	if after, _ := f.store.Revision(t.Context()); after != before || got.Containers[0].Pull.BytesDone != 50 || got.Version <= was.Version {
 		t.Errorf("revision %d to %d, progress %+v", before, after, got.Containers[0].Pull)
 	}
+}
+
+// A task that memory does not have may be in the store: with memory behind,
+// the device was told to remove a task that runs.
+func TestReportOfATaskThatMemoryLacksIsNotRefused(t *testing.T) {
+	f := newPlane(t)
+	i := f.device(t, 1)
+	id := strings.Repeat("a", 32)
+	report := &wire.TaskStatus{TaskId: id, LastStatus: "RUNNING"}
+	wantCode(t, f.ReportTask(t.Context(), i.ID, report), controlplane.NotFound)
+
+	// The store has it, but not in a form that memory can take in.
+	if _, _, err := f.store.Txn(t.Context(), nil, []controlplane.Op{controlplane.Put("/belay/v1/default/tasks/"+id, []byte("{"))}); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, f.ReportTask(t.Context(), i.ID, report), controlplane.Unavailable)
 }
 
 func TestDeregisterStopsTasks(t *testing.T) {
@@ -305,6 +346,33 @@ func TestSweep(t *testing.T) {
 	}
 	if set, err := f.Assignments(t.Context(), i.ID, "", 0); err != nil || len(set.Set) != 1 {
 		t.Errorf("assignments %v, %v", set, err)
+	}
+}
+
+// A round of the sweep deleted at most 1000 of each kind, and there was one
+// round a minute: with more than 16 calls a second the store only grew.
+func TestSweepKeepsUp(t *testing.T) {
+	f := newPlane(t)
+	const many = 2500
+	for n := range many {
+		id := fmt.Sprintf("%032x", n)
+		if _, _, err := f.store.Txn(t.Context(), nil, []controlplane.Op{
+			controlplane.Put("/belay/v1/default/tokens/"+id, []byte(`{"createdAt":"2020-01-01T00:00:00Z"}`)),
+			controlplane.Put("/belay/v1/default/tasks/"+id, fmt.Appendf(nil, `{"id":%q,"lastStatus":"STOPPED","stoppedAt":"2020-01-01T00:00:00Z"}`, id)),
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, _, err := f.ListClusters(t.Context(), controlplane.Freshness{Consistent: true}, controlplane.Page{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.SweepNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []string{"tokens", "tasks"} {
+		if kvs, _, err := f.store.List(t.Context(), "/belay/v1/default/"+kind+"/", "", 0); err != nil || len(kvs) > 0 {
+			t.Errorf("%d of %d %s are left, %v", len(kvs), many, kind, err)
+		}
 	}
 }
 

@@ -14,6 +14,19 @@
 // A session is disposable: any failure ends it, and the next one starts from
 // levels. Nothing is remembered from one to the next but what Hello says.
 //
+// # Silence and restarts
+//
+// Over QUIC the agent's side alone keeps an idle session alive, with a packet
+// every KeepAlive; either side gives one up after Idle. An agent that doubts
+// sends a Ping at once and takes its session for lost when 7 s bring no answer.
+// It doubts when what it sent stays unanswered for a few seconds, and when it is
+// nudged: a control plane that was killed and started again sends, from its UDP
+// port, one small datagram that is not QUIC ("\x00belay nudge 1\n") to where
+// each QUIC session of its last life was. The Ping then meets a stateless reset,
+// and the agent dials again without waiting. Whoever forges a nudge can cause a
+// Ping every 3 s and nothing else; agents that do not know nudges ignore them.
+// Over TCP there is no need: the kernel resets what it does not know.
+//
 // # Frames
 //
 // A stream carries frames: four bytes of length, big-endian, then that many

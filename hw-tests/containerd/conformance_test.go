@@ -3,9 +3,14 @@ package containerd
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/belay-edge/belay/images"
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -25,6 +30,13 @@ func TestConformance(t *testing.T) {
 	}
 	for _, network := range []string{sdk.NetworkNone, sdk.NetworkBridge} {
 		t.Run(network, func(t *testing.T) {
+			before, networkBefore := leftovers(t, &world{ctd: ctd, run: "/none", state: "/none"}), networkLeftovers(t)
+			dir, err := os.MkdirTemp("", "bc") // short: sockets need short paths
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { os.RemoveAll(dir) })
+			t.Setenv("TMPDIR", dir) // the suite's own directories, to look into
 			sdktest.Runtime(t, sdktest.RuntimeOptions{
 				Executable: bin,
 				Config:     json.RawMessage(fmt.Sprintf(`{"address":%q,"bridge":{"name":%q,"subnet":%q}}`, ctd.Address, bridgeName, bridgeSubnet)),
@@ -32,6 +44,30 @@ func TestConformance(t *testing.T) {
 				Network:    network,
 				User:       "1234:5678",
 				HangUp:     15,
+			})
+			runs, err := filepath.Glob(filepath.Join(dir, "sdktest*"))
+			if err != nil || len(runs) != 1 {
+				t.Fatalf("the suite's directories are %v, %v", runs, err)
+			}
+			w := &world{ctd: ctd, run: filepath.Join(runs[0], "run"), state: filepath.Join(runs[0], "state")}
+			var left []string
+			for _, l := range leftovers(t, w) {
+				// Other agents under test have their tasks in the same cgroup;
+				// that this one's tasks are gone is known from RemoveTask.
+				if !slices.Contains(before, l) && !strings.HasPrefix(l, "path /sys/fs/cgroup/") {
+					left = append(left, l)
+				}
+			}
+			if len(left) > 0 {
+				t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+			}
+			// The kernel ends a network namespace in its own time.
+			(&world{t: t}).eventually("nothing of the network is left", func() bool {
+				d := cmp.Diff(networkBefore, networkLeftovers(t))
+				if d != "" {
+					t.Log(d)
+				}
+				return d == ""
 			})
 		})
 	}

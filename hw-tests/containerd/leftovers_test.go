@@ -67,3 +67,32 @@ func leftovers(t *testing.T, w *world) []string {
 	slices.Sort(all)
 	return all
 }
+
+// networkLeftovers lists what containers on this process's bridge have: links,
+// addresses, firewall rules, and chains that no rule leads to.
+func networkLeftovers(t *testing.T) []string {
+	t.Helper()
+	var all []string
+	ports, err := filepath.Glob(filepath.Join("/sys/class/net", bridgeName, "brif", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	leases, err := filepath.Glob(filepath.Join("/run/belay-cni", bridgeName, "10.*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all = append(ports, leases...)
+	saved, err := exec.Command("iptables-save", "-t", "nat").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(saved)) {
+		line = strings.TrimSpace(line)
+		chain, declared := strings.CutPrefix(strings.Fields(line)[0], ":CNI-")
+		unused := declared && !strings.HasPrefix(chain, "HOSTPORT-") && !strings.Contains(string(saved), "-j CNI-"+chain+"\n")
+		if strings.Contains(line, bridgeName+`\"`) || unused {
+			all = append(all, line)
+		}
+	}
+	return all
+}

@@ -48,6 +48,7 @@ func TestMain(m *testing.M) {
 			_ = exec.Command("iptables", append([]string{"-w", "10", "-D", "FORWARD"}, rule...)...).Run()
 		}
 		_ = os.RemoveAll(filepath.Join("/run/belay-cni", bridgeName))
+		_ = os.Remove(filepath.Join("/run/belay-cni", bridgeName+".lock"))
 	}
 	if shared.ctd != nil {
 		if err := shared.ctd.Close(); err != nil {

@@ -27,7 +27,7 @@ type Containerd struct {
 	config string
 
 	mu sync.Mutex
-	d  *daemon
+	p  *Process
 }
 
 // StartContainerd starts a containerd under dir, which is made when missing.
@@ -91,14 +91,14 @@ path = %s
 func (c *Containerd) Restart(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	d, err := launch(filepath.Join(c.dir, "containerd.log"), "containerd", "--config", c.config, "--log-level", "info")
+	p, err := start(c.dir, "containerd", nil, "containerd", "--config", c.config, "--log-level", "info")
 	if err != nil {
 		return err
 	}
-	c.d = d
+	c.p = p
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	return d.until(ctx, func() error {
+	return Until(ctx, p, "containerd to listen", func() error {
 		conn, err := net.Dial("unix", c.Address)
 		if err != nil {
 			return err
@@ -111,8 +111,8 @@ func (c *Containerd) Restart(ctx context.Context) error {
 func (c *Containerd) Kill() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.d != nil {
-		c.d.kill()
+	if c.p != nil {
+		c.p.Kill()
 	}
 }
 
@@ -125,18 +125,19 @@ func (c *Containerd) Log() string { return filepath.Join(c.dir, "containerd.log"
 func (c *Containerd) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.d != nil {
+	var stuck error
+	if c.p != nil {
 		select {
-		case <-c.d.exited:
+		case <-c.p.Done():
 		default:
 			c.removeTasks()
+			_, stuck = c.p.Stop(10 * time.Second)
 		}
-		c.d.stop(10 * time.Second)
 	}
 	for _, pid := range c.shims() {
 		killTree(pid)
 	}
-	return errors.Join(unmountUnder(c.dir), os.RemoveAll(c.dir), os.RemoveAll(c.sock))
+	return errors.Join(stuck, unmountUnder(c.dir), os.RemoveAll(c.dir), os.RemoveAll(c.sock))
 }
 
 // removeTasks asks the daemon to delete its tasks, so that their cgroups and

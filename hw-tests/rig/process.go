@@ -28,7 +28,7 @@ func start(dir, name string, env []string, path string, args ...string) (*Proces
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	log, err := os.OpenFile(filepath.Join(dir, name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	log, err := os.OpenFile(filepath.Join(dir, name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +65,7 @@ func (p *Process) Kill() {
 
 // Stop sends SIGTERM, waits up to grace, then kills. It returns the exit code.
 func (p *Process) Stop(grace time.Duration) (int, error) {
-	_ = p.Signal(syscall.SIGTERM)
+	_ = p.Signal(syscall.SIGTERM) // one that has ended is stopped already
 	select {
 	case <-p.done:
 		return p.cmd.ProcessState.ExitCode(), nil
@@ -91,10 +91,10 @@ func (p *Process) Tail(n int64) string {
 	return string(b)
 }
 
-// Until calls ok every 20 ms until it returns nil, the context ends, or the
+// Until calls ok every 10 ms until it returns nil, the context ends, or the
 // process (which may be nil) dies; the error tells the last thing ok said.
 func Until(ctx context.Context, p *Process, what string, ok func() error) error {
-	tick := time.NewTicker(20 * time.Millisecond)
+	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	var died <-chan struct{}
 	if p != nil {

@@ -42,7 +42,7 @@ type Registry struct {
 	opts   RegistryOptions
 
 	mu sync.Mutex
-	d  *daemon
+	p  *Process
 }
 
 // StartRegistry starts a registry that stores its images under dir. The error
@@ -83,8 +83,9 @@ func StartRegistry(ctx context.Context, dir string, opts RegistryOptions) (*Regi
 func (r *Registry) Stop() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.d != nil {
-		r.d.stop(5 * time.Second)
+	if r.p != nil {
+		// One that had to be killed is ended too: its data is thrown away.
+		_, _ = r.p.Stop(5 * time.Second)
 	}
 }
 
@@ -108,14 +109,14 @@ func (r *Registry) start(ctx context.Context, listen string) error {
 	if err := os.RemoveAll(log); err != nil {
 		return err
 	}
-	d, err := launch(log, "docker-registry", "serve", r.config)
+	p, err := start(r.dir, "registry", nil, "docker-registry", "serve", r.config)
 	if err != nil {
 		return err
 	}
-	r.d = d
+	r.p = p
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	if err := d.until(ctx, func() error {
+	if err := Until(ctx, p, "the registry to listen", func() error {
 		addr, err := listeningOn(log)
 		if err != nil {
 			return err
@@ -125,7 +126,7 @@ func (r *Registry) start(ctx context.Context, listen string) error {
 	}); err != nil {
 		return err
 	}
-	return d.until(ctx, func() error { return r.ping(ctx) })
+	return Until(ctx, p, "the registry to answer", func() error { return r.ping(ctx) })
 }
 
 func (r *Registry) yaml(listen string) string {

@@ -9,8 +9,7 @@ import (
 	"syscall"
 
 	"github.com/containerd/errdefs"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -51,7 +50,7 @@ func (r *Runtime) classify(err error) (kind sdk.ErrorKind, hint string) {
 		return sdk.Deadline, ""
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), has("no space left on device", "disk quota exceeded"):
 		return sdk.Exhausted, "free some disk space"
-	case errdefs.IsUnavailable(err), status.Code(err) == codes.Unavailable, has("error reading from server: EOF", "ttrpc: closed"):
+	case errdefs.IsUnavailable(err), errdefs.IsUnavailable(errgrpc.ToNative(err)), has("error reading from server: EOF", "ttrpc: closed"):
 		return sdk.Unavailable, r.daemonHint(msg)
 	case has("OOM-killed", "memory limit too low", "unable to set memory limit", "cannot allocate memory"):
 		return sdk.Invalid, "give the container more memory: it has too little even to start"

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"unsafe"
 
 	"github.com/containernetworking/cni/libcni"
@@ -26,13 +25,14 @@ type bridge struct {
 	binDirs []string
 	list    *libcni.NetworkConfigList
 	listErr error
-	cni     *libcni.CNIConfig
 	netns   string // directory of bind mounts that hold network namespaces
 	results string // directory of the plugins' answers
 
-	mu      sync.Mutex // setting up the bridge itself is racy in the plugins
-	allowed bool
+	turn    keyedMutex // one change at a time
+	allowed bool       // has its firewall rules; guarded by turn
 }
+
+const ifName = "eth0"
 
 // addresses outlive the run directory of any one agent, as the bridge does,
 // but not a reboot.
@@ -57,7 +57,6 @@ func newBridge(c Config, runDir string) *bridge {
 		b.list, err = libcni.ConfListFromBytes(conf)
 	}
 	b.listErr = err
-	b.cni = libcni.NewCNIConfigWithCacheDir(c.CNIBinDirs, b.results, nil)
 	return b
 }
 
@@ -125,29 +124,34 @@ func loopbackUp() error {
 
 // connect gives the namespace an address on the bridge and maps its ports.
 func (b *bridge) connect(ctx context.Context, id string, ports []sdk.PortMapping) (ip string, err error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err := b.allow(ctx); err != nil {
-		return "", err
-	}
-	res, err := b.cni.AddNetworkList(ctx, b.list, b.conf(id, ports))
+	err = b.change(ctx, func(p *programs) error {
+		if err := b.allow(ctx, p); err != nil {
+			return err
+		}
+		res, err := b.cni(p).AddNetworkList(ctx, b.list, b.conf(id, ports))
+		if err != nil {
+			return err
+		}
+		r, err := types100.NewResultFromResult(res)
+		if err != nil {
+			return err
+		}
+		if len(r.IPs) == 0 {
+			return errors.New("no address was given")
+		}
+		ip = r.IPs[0].Address.IP.String()
+		return nil
+	})
 	if err != nil {
 		return "", fmt.Errorf("connect to the bridge network: %w", err)
 	}
-	r, err := types100.NewResultFromResult(res)
-	if err != nil {
-		return "", err
-	}
-	if len(r.IPs) == 0 {
-		return "", errors.New("connect to the bridge network: no address was given")
-	}
-	return r.IPs[0].Address.IP.String(), nil
+	return ip, nil
 }
 
 // allow lets the bridge's traffic through where a firewall's policy is to
 // drop: two rules a bridge. CNI's own firewall plugin makes rules for every
 // address, and leaves them behind when an ADD is interrupted.
-func (b *bridge) allow(ctx context.Context) error {
+func (b *bridge) allow(ctx context.Context, p *programs) error {
 	if b.allowed {
 		return nil
 	}
@@ -155,46 +159,55 @@ func (b *bridge) allow(ctx context.Context) error {
 		{"-i", b.name, "-j", "ACCEPT"},
 		{"-o", b.name, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT"},
 	} {
-		run := func(verb string) ([]byte, error) {
-			return exec.CommandContext(ctx, "iptables", append([]string{"-w", "10", verb, "FORWARD"}, rule...)...).CombinedOutput()
+		run := func(verb string) error {
+			_, err := p.run(ctx, "", "iptables", append([]string{"-w", "10", verb, "FORWARD"}, rule...)...)
+			return err
 		}
-		if _, err := run("-C"); err == nil {
+		if run("-C") == nil {
 			continue
 		}
-		if out, err := run("-I"); err != nil {
-			return fmt.Errorf("let traffic of %s through the firewall: %w: %s", b.name, err, strings.TrimSpace(string(out)))
+		if err := run("-I"); err != nil {
+			return fmt.Errorf("let traffic of %s through the firewall: %w", b.name, err)
 		}
 	}
 	b.allowed = true
 	return nil
 }
 
-// release undoes makeNetNS and connect, whole or partly done, any number of times.
+// release undoes makeNetNS and connect, whole or partly done, any number of
+// times. The namespace is made first and goes last, so where there is none,
+// there is nothing else.
 func (b *bridge) release(ctx context.Context, id string, ports []sdk.PortMapping) error {
 	path := b.path(id)
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	var err error
 	if isMount(path) {
-		b.mu.Lock()
-		err = b.cni.DelNetworkList(ctx, b.list, b.conf(id, ports))
-		b.mu.Unlock()
+		err := b.change(ctx, func(p *programs) error {
+			// What DEL says does not tell whether anything is left: a
+			// connection half made is a failure to it.
+			said := b.cni(p).DelNetworkList(ctx, b.list, b.conf(id, ports))
+			if err := b.sweep(ctx, p, id); err != nil {
+				return errors.Join(err, said)
+			}
+			return nil
+		})
 		if err != nil {
-			err = fmt.Errorf("disconnect from the bridge network: %w", err)
+			return fmt.Errorf("disconnect from the bridge network: %w", err)
 		}
 	}
-	if err != nil {
-		return err
-	}
+	// Both ends of the link go with the namespace.
 	if err := unmount(path); err != nil {
 		return err
 	}
-	return os.Remove(path)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 func (b *bridge) conf(id string, ports []sdk.PortMapping) *libcni.RuntimeConf {
-	rt := &libcni.RuntimeConf{ContainerID: id, NetNS: b.path(id), IfName: "eth0", CapabilityArgs: map[string]any{}}
+	rt := &libcni.RuntimeConf{ContainerID: id, NetNS: b.path(id), IfName: ifName, CapabilityArgs: map[string]any{}}
 	var maps []map[string]any
 	for _, m := range ports {
 		maps = append(maps, map[string]any{"hostPort": m.HostPort, "containerPort": m.ContainerPort, "protocol": m.Protocol, "hostIP": m.HostIP})

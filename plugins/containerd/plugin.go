@@ -8,6 +8,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -111,6 +113,10 @@ func (r *Runtime) in(c context.Context) context.Context {
 // Info implements sdk.Runtime.
 func (r *Runtime) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
 	const op = "ask containerd for its version"
+	// containerd's client waits for a socket that is not there to appear.
+	if _, err := os.Stat(r.cfg.Address); errors.Is(err, fs.ErrNotExist) {
+		return sdk.RuntimeInfo{}, sdk.Errorf(sdk.Unavailable, op, "%w", err).WithHint(r.daemonHint("no such file"))
+	}
 	v, err := r.client.Version(r.in(ctx))
 	if err != nil {
 		return sdk.RuntimeInfo{}, r.fail(op, err)

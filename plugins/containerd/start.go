@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -37,24 +39,31 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 	// same Start, and containerd may still be at what that one asked for: it
 	// gives up on its own, and until it has, the name is not free.
 	interrupted := false
+	var left error // by the last try
+	defer func() {
+		if left != nil {
+			r.log.Error("a failed start left something behind", "container", containerID(q.Attempt), "err", left)
+		}
+	}()
 	for deadline := time.Now().Add(settleTime); ; {
 		c, err := r.adoptOrCreate(ctx, q)
+		left = nil
+		if u := (*undoneError)(nil); errors.As(err, &u) {
+			err, left = u.error, u.left
+		}
 		switch {
 		case err == nil:
 			return c, nil
 		case errors.Is(err, errHalfMade) && time.Now().Before(deadline):
 			interrupted = true
-			r.log.Info("clearing away what an interrupted start left", "container", containerID(q.Attempt))
-			continue
+			r.log.Info("cleared away what an interrupted start left", "container", containerID(q.Attempt))
 		case (interrupted || errdefs.IsAlreadyExists(err)) && unsettled(err) && time.Now().Before(deadline):
 			interrupted = true
 		default:
 			return sdk.Container{}, r.fail(op, err)
 		}
-		select {
-		case <-ctx.Done():
-			return sdk.Container{}, r.fail(op, context.Cause(ctx))
-		case <-time.After(50 * time.Millisecond):
+		if err := awaitShims(ctx, containerID(q.Attempt), time.Until(deadline)); err != nil {
+			return sdk.Container{}, r.fail(op, err)
 		}
 	}
 }
@@ -64,6 +73,14 @@ const settleTime = 15 * time.Second
 
 var errHalfMade = errors.New("half made by an interrupted start")
 
+// undoneError is a start that failed and could not be undone.
+type undoneError struct {
+	error
+	left error
+}
+
+func (e *undoneError) Unwrap() error { return e.error }
+
 // unsettled tells whether a start failed because an abandoned one of the same
 // name is still being undone.
 func unsettled(err error) bool {
@@ -72,7 +89,41 @@ func unsettled(err error) bool {
 		return false
 	}
 	return errdefs.IsAlreadyExists(err) || errdefs.IsNotFound(err) || strings.Contains(err.Error(), "file exists") ||
-		strings.Contains(err.Error(), "failed to start shim") || strings.Contains(err.Error(), "ttrpc: closed")
+		strings.Contains(err.Error(), "failed to start shim") || strings.Contains(err.Error(), "ttrpc: closed") ||
+		strings.Contains(err.Error(), "unable to retrieve OCI runtime error") // the bundle was removed under runc
+}
+
+// awaitShims waits until no shim of a container runs that was to be removed:
+// one that is still being ended would take the directory of its successor
+// with it.
+func awaitShims(ctx context.Context, id string, atMost time.Duration) error {
+	timeout := time.NewTimer(atMost)
+	defer timeout.Stop()
+	tick := time.NewTicker(50 * time.Millisecond) // containerd itself has a little to do afterwards
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-timeout.C:
+			return nil // the next try will say what is wrong
+		case <-tick.C:
+		}
+		if !shimRuns(id) {
+			return nil
+		}
+	}
+}
+
+// shimRuns tells whether a process was started with "-id" and this container.
+func shimRuns(id string) bool {
+	found, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, f := range found {
+		if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), "\x00-id\x00"+id+"\x00") {
+			return true
+		}
+	}
+	return false
 }
 
 func (r *Runtime) adoptOrCreate(ctx context.Context, q sdk.StartRequest) (sdk.Container, error) {
@@ -112,7 +163,7 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 			ctx, cancel := after(ctx)
 			defer cancel()
 			if left := r.discard(ctx, id, q.Spec.Ports); left != nil {
-				r.log.Error("a failed start left something behind", "container", id, "err", left)
+				err = &undoneError{err, left}
 			}
 		}
 	}()
@@ -120,6 +171,11 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 		return sdk.Container{}, fmt.Errorf("write the container's files: %w", err)
 	}
 	if p.network == sdk.NetworkBridge {
+		// A start that was interrupted before containerd knew of it has left
+		// a namespace that may hold anything.
+		if err := r.bridge.release(ctx, id, q.Spec.Ports); err != nil {
+			return sdk.Container{}, err
+		}
 		if p.netns, err = r.bridge.makeNetNS(id); err != nil {
 			return sdk.Container{}, err
 		}
@@ -173,8 +229,14 @@ func (r *Runtime) createTask(ctx context.Context, p *plan) error {
 	for i, m := range p.q.Spec.Ports {
 		labels[labelPort+strconv.Itoa(i)] = portLabel(m)
 	}
+	// Of a known name: one that a killed process has left can be found.
+	_, err := r.client.LeasesService().Create(ctx, leases.WithID(p.id), leases.WithExpiration(time.Hour))
+	if err != nil && !errdefs.IsAlreadyExists(err) {
+		return err
+	}
+	leased := leases.WithLease(ctx, p.id)
 	make := func() (client.Container, error) {
-		return r.client.NewContainer(ctx, p.id,
+		return r.client.NewContainer(leased, p.id,
 			client.WithContainerLabels(labels),
 			client.WithRuntime(r.cfg.Runtime, nil),
 			client.WithSnapshotter(p.snapshotter),
@@ -193,6 +255,9 @@ func (r *Runtime) createTask(ctx context.Context, p *plan) error {
 	if err != nil {
 		return err
 	}
+	if err := r.dropLease(ctx, p.id); err != nil { // the record holds it all now
+		return err
+	}
 	_, err = c.NewTask(ctx, func(string) (cio.IO, error) {
 		return output{cio.Config{Terminal: p.q.Spec.Terminal, Stdin: p.stdin, Stdout: p.q.Stdout, Stderr: p.stderr()}}, nil
 	})
@@ -208,6 +273,14 @@ func (o output) Config() cio.Config { return o.config }
 func (output) Cancel()              {}
 func (output) Wait()                {}
 func (output) Close() error         { return nil }
+
+// dropLease ends the hold on what createTask makes; none is no error.
+func (r *Runtime) dropLease(ctx context.Context, id string) error {
+	if err := r.client.LeasesService().Delete(ctx, leases.Lease{ID: id}); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("delete lease: %w", err)
+	}
+	return nil
+}
 
 // discard removes everything made for a container, whatever there is of it.
 func (r *Runtime) discard(ctx context.Context, id string, ports []sdk.PortMapping) error {
@@ -236,6 +309,9 @@ func (r *Runtime) discard(ctx context.Context, id string, ports []sdk.PortMappin
 		if err := c.Delete(ctx, client.WithSnapshotCleanup); err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("delete container: %w", err)
 		}
+	}
+	if err := r.dropLease(ctx, id); err != nil {
+		return err
 	}
 	if err := r.bridge.release(ctx, id, ports); err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -86,6 +87,9 @@ func (r *Runtime) RemoveTask(ctx context.Context, task string) error {
 	if len(held) > 0 {
 		return sdk.Errorf(sdk.Conflict, op, "%d of its containers are not removed", len(held))
 	}
+	if err := r.clearHalfMade(r.in(ctx), task); err != nil {
+		return r.fail(op, err)
+	}
 	if err := removeIPC(r.ipcDir(task)); err != nil {
 		return r.fail(op, err)
 	}
@@ -96,6 +100,39 @@ func (r *Runtime) RemoveTask(ctx context.Context, task string) error {
 		return r.fail(op, err)
 	}
 	return nil
+}
+
+// clearHalfMade removes what starts of a task have left that were interrupted
+// before containerd knew of their containers: nobody else knows of them.
+func (r *Runtime) clearHalfMade(ctx context.Context, task string) error {
+	found, err := filepath.Glob(filepath.Join(r.containersDir(), task+"-*")) // made first, removed last
+	if err != nil || len(found) == 0 {
+		return err
+	}
+	if _, err := r.chooseSnapshotter(ctx); err != nil { // discard looks there
+		return err
+	}
+	for _, dir := range found {
+		if err := r.clearIfUnknown(ctx, filepath.Base(dir)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Runtime) clearIfUnknown(ctx context.Context, id string) error {
+	unlock, err := r.tasks.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	switch _, err := r.client.ContainerService().Get(ctx, id); {
+	case err == nil:
+		return sdk.Errorf(sdk.Conflict, "", "container %s is not removed", id)
+	case !errdefs.IsNotFound(err):
+		return err
+	}
+	return r.discard(ctx, id, nil)
 }
 
 // taskSpec is what PrepareTask was told.

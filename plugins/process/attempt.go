@@ -172,6 +172,17 @@ func (a *attempt) saveExit(e record.Exit) (record.Exit, error) {
 	return e, nil
 }
 
+// noteExit is saveExit for the end of a program that ran. A code that nobody saw
+// need not be on record: the next look finds out the same. On a full disk one
+// such attempt must not hide all the others from List.
+func (a *attempt) noteExit(e record.Exit) (record.Exit, error) {
+	e, err := a.saveExit(e)
+	if e.Code < 0 {
+		err = nil
+	}
+	return e, err
+}
+
 // staging says whether a stage is between its first step and execve.
 func (a *attempt) staging() bool {
 	f, err := os.Open(filepath.Join(a.dir, record.FailedFile))

@@ -218,6 +218,9 @@ func settings(l sdk.Limits, controller string, v2 bool) ([]setting, error) {
 	return s, nil
 }
 
+// leastShares is the least weight the kernel knows.
+const leastShares = 2
+
 // weightOf maps shares (2..262144, 1024 a core) to a version 2 weight
 // (1..10000, 100 the default), as the OCI runtimes do.
 func weightOf(shares uint64) uint64 {
@@ -227,6 +230,11 @@ func weightOf(shares uint64) uint64 {
 
 // limit applies limits; what this machine cannot do is Unsupported by name.
 func (g cgroup) limit(l sdk.Limits) error {
+	if _, weighted := g.with("cpu"); !weighted && l.CPUShares <= leastShares {
+		// What everyone gets who asks for no CPU: without weights, it is not
+		// a limit that is missed.
+		l.CPUShares = 0
+	}
 	if names := limitNames(l); len(g) == 0 && len(names) > 0 {
 		return noCgroups(names)
 	}

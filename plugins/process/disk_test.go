@@ -51,6 +51,30 @@ func onSmallDisk(t *testing.T) (r *rig, fill, free func()) {
 	return r, fill, free
 }
 
+func TestFullDiskHidEveryAttemptBehindOneWithoutSupervisor(t *testing.T) {
+	r, fill, _ := onSmallDisk(t)
+	orphan, other := r.request("orphan", "sleep 600"), r.request("other", "sleep 600")
+	c := r.start(orphan)
+	r.start(other)
+	if err := syscall.Kill(supervisorOf(t, c.PID), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	fill()
+	if got, err := r.Stop(t.Context(), orphan.Attempt, time.Second); err != nil || got.State != sdk.StateExited {
+		t.Errorf("Stop returned %+v, %v", got, err)
+	}
+	inv, err := r.List(t.Context())
+	if err != nil || len(inv.Containers) != 2 {
+		t.Fatalf("List: %+v, %v", inv, err)
+	}
+	if got := r.find(other.Attempt); got.State != sdk.StateRunning {
+		t.Errorf("the other one: %+v", got)
+	}
+	if got := r.find(orphan.Attempt); got.State != sdk.StateExited || got.ExitCode != nil {
+		t.Errorf("the orphan: %+v", got)
+	}
+}
+
 func TestFullDiskRefusesStartsAndKeepsExits(t *testing.T) {
 	r, fill, free := onSmallDisk(t)
 	running := r.request("running", "while :; do sleep 0.05; done")

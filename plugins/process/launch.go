@@ -82,7 +82,7 @@ func plan(op string, req sdk.StartRequest) ([]record.Field, []sdk.PortMapping, e
 	if s.WorkingDir != "" && !filepath.IsAbs(s.WorkingDir) {
 		return nil, nil, sdk.Errorf(sdk.Invalid, op, "working directory %q is not an absolute path", s.WorkingDir)
 	}
-	for _, v := range append(append([]string{s.WorkingDir, req.Stdout, req.Stderr}, argv...), s.Env...) {
+	for _, v := range append([]string{s.WorkingDir, req.Stdout, req.Stderr}, argv...) {
 		if strings.ContainsRune(v, 0) {
 			return nil, nil, sdk.Errorf(sdk.Invalid, op, "%q holds a NUL byte", v)
 		}
@@ -132,14 +132,17 @@ func plan(op string, req sdk.StartRequest) ([]record.Field, []sdk.PortMapping, e
 }
 
 // environment is the clean base and the definition's own; the last of a name
-// wins, in the place of the first.
+// wins, in the place of the first. Its errors show no value: it may be secret.
 func environment(home string, own []string) ([]string, error) {
 	var env []string
 	at := map[string]int{}
 	for _, e := range append([]string{"PATH=" + basePath, "HOME=" + home}, own...) {
-		name, _, ok := strings.Cut(e, "=")
+		name, value, ok := strings.Cut(e, "=")
 		if !ok || name == "" {
-			return nil, fmt.Errorf("environment entry %q is not NAME=value", e)
+			return nil, errors.New("an environment entry is not NAME=value")
+		}
+		if strings.ContainsRune(name, 0) || strings.ContainsRune(value, 0) {
+			return nil, fmt.Errorf("environment variable %q holds a NUL byte", name)
 		}
 		if i, seen := at[name]; seen {
 			env[i] = e

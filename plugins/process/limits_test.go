@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -139,6 +140,29 @@ func TestOutOfMemoryOfAChildLeavesTheProgram(t *testing.T) {
 }
 
 // The plugin's own processes must not fall to a limit that only lets one in.
+func TestProgramsWereAsSafeFromTheOOMKillerAsTheAgent(t *testing.T) {
+	const own = "/proc/self/oom_score_adj"
+	before, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(own, []byte("-900"), 0); err != nil {
+		t.Skipf("needs root: %v", err)
+	}
+	t.Cleanup(func() { _ = os.WriteFile(own, before, 0) })
+	r := newRig(t, process.ModeOwn)
+	req := r.request("main", "exec sleep 600")
+	c := r.start(req)
+	got, err := os.ReadFile("/proc/" + strconv.Itoa(c.PID) + "/oom_score_adj")
+	if err != nil || strings.TrimSpace(string(got)) != "0" {
+		t.Errorf("the program's oom_score_adj is %s, %v, want 0", got, err)
+	}
+	res, err := r.Exec(t.Context(), sdk.ExecRequest{Attempt: req.Attempt, Command: []string{"cat", own}})
+	if err != nil || strings.TrimSpace(string(res.Output)) != "0" {
+		t.Errorf("that of a health check's command is %s, %v, want 0", res.Output, err)
+	}
+}
+
 func TestSmallestPidsLimit(t *testing.T) {
 	r := newRig(t, process.ModeOwn)
 	for range 10 {
@@ -242,6 +266,21 @@ func TestWithoutRoot(t *testing.T) {
 		t.Errorf("as nobody: %v\n%s", err, out)
 	} else if !strings.Contains(string(out), "--- PASS: TestRefusedWithoutRoot") {
 		t.Errorf("it did not run without root:\n%s", out)
+	}
+}
+
+// TestLeastSharesWithoutRoot: the agent gives them to every container without
+// cpu units, so they must not be a limit that is missed.
+func TestLeastSharesWithoutRoot(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("TestWithoutRoot runs it as nobody")
+	}
+	r := newRig(t, process.ModeOwn)
+	req := r.request("main", "exit 4")
+	req.Spec.Limits = sdk.Limits{CPUShares: 2}
+	r.start(req)
+	if c := r.exited(req.Attempt); c.ExitCode == nil || *c.ExitCode != 4 {
+		t.Errorf("it ended as %+v", c)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -89,6 +90,26 @@ func (o *ownSupervisor) holder(a *attempt) int {
 		return 0
 	}
 	return int(l.Pid)
+}
+
+// coming says whether a belay-supervise for the attempt exists, on its way to
+// the lock perhaps: one that a process of this plugin made just before it was
+// killed.
+func (o *ownSupervisor) coming(a *attempt) bool {
+	all, err := os.ReadDir("/proc")
+	if err != nil {
+		return false
+	}
+	for _, e := range all {
+		if _, err := strconv.Atoi(e.Name()); err != nil {
+			continue
+		}
+		line, err := record.ReadFile("/proc/" + e.Name() + "/cmdline")
+		if err == nil && strings.HasSuffix(string(line), "\x00run\x00"+a.dir+"\x00") {
+			return true
+		}
+	}
+	return false
 }
 
 func (o *ownSupervisor) pending(_ context.Context, a *attempt) (bool, error) {

@@ -346,6 +346,52 @@ func TestInvalidRequests(t *testing.T) {
 	}
 }
 
+func TestRefusalShowedTheValueOfAnEnvironmentVariable(t *testing.T) {
+	r := newRig(t, process.ModeOwn)
+	for _, env := range []string{"TOKEN=hunter2\x00", "=hunter2", "hunter2"} {
+		req := r.request("main", "exit 0")
+		req.Spec.Env = []string{env}
+		_, err := r.Start(t.Context(), req)
+		if sdk.KindOf(err) != sdk.Invalid || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("environment entry %q: %v: want it refused and not shown", env, err)
+		}
+	}
+}
+
+func TestStartTookTheFilesFromASupervisorOnItsWay(t *testing.T) {
+	r := newRig(t, process.ModeOwn)
+	req := r.request("main", "exit 0")
+	req.Spec.Command = []string{"/no/such"}
+	dir := filepath.Join(r.state, "tasks", req.Attempt.Task, "a", "main", "1")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	meta := `{"mode":"own","boot":"` + strings.TrimSpace(string(boot)) + `"}`
+	if err := os.WriteFile(filepath.Join(dir, "meta"), []byte(meta), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// A supervisor that has not come to its lock yet, made by a plugin that is
+	// dead by now.
+	slow := exec.Command("/bin/sh", "-c", "sleep 0.3; :", "run", dir)
+	if err := slow.Start(); err != nil {
+		t.Fatal(err)
+	}
+	gone := make(chan struct{})
+	go func() { _ = slow.Wait(); close(gone) }()
+	if _, err := r.Start(t.Context(), req); sdk.KindOf(err) != sdk.NotFound {
+		t.Errorf("Start: %v", err)
+	}
+	select {
+	case <-gone:
+	default:
+		t.Error("Start did not wait for it")
+	}
+}
+
 func TestHostPorts(t *testing.T) {
 	r := newRig(t, process.ModeOwn)
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -115,7 +115,7 @@ func (r *Runtime) start(ctx context.Context, op string, a *attempt, req sdk.Star
 		return sdk.Container{}, err
 	}
 	if known {
-		o, err := r.settle(ctx, a)
+		o, err := r.arrive(ctx, a)
 		if err != nil {
 			return sdk.Container{}, err
 		}
@@ -199,6 +199,23 @@ func (r *Runtime) launch(ctx context.Context, a *attempt) (observation, error) {
 		}
 		if p, err := record.ReadProcess(pid); err != nil || !p.Alive() {
 			return r.settle(ctx, a)
+		}
+		if err := pause(ctx, time.Millisecond); err != nil {
+			return o, err
+		}
+	}
+}
+
+// arrive is settle for an attempt that another process of this plugin may have
+// begun: a supervisor it made must not find its cgroup and files taken away.
+func (r *Runtime) arrive(ctx context.Context, a *attempt) (observation, error) {
+	for {
+		// Looked for first: one that came and went before settle looks has left
+		// its records.
+		coming := a.meta.Mode == ModeOwn && r.own.coming(a)
+		o, err := r.settle(ctx, a)
+		if err != nil || o.phase != phaseIdle || !coming {
+			return o, err
 		}
 		if err := pause(ctx, time.Millisecond); err != nil {
 			return o, err

@@ -124,7 +124,7 @@ func (r *Runtime) look(ctx context.Context, a *attempt, sup supervisor) (o obser
 		return observation{phase: phaseIdle}, false, nil
 	}
 	if s.Boot != r.boot {
-		e, err := a.saveExit(record.Exit{Code: -1, Reason: "the device restarted while it ran: nobody saw its exit code"})
+		e, err := a.noteExit(record.Exit{Code: -1, Reason: "the device restarted while it ran: nobody saw its exit code"})
 		return observation{phase: phaseExited, exit: e}, false, err
 	}
 	if p, err := record.ReadProcess(s.PID); err == nil && p.Start == s.Start && p.Alive() {
@@ -140,6 +140,6 @@ func (r *Runtime) look(ctx context.Context, a *attempt, sup supervisor) (o obser
 	if !done {
 		return observation{phase: phaseRunning, pid: s.PID, watch: sup.watched(a, 0)}, false, nil
 	}
-	e, err = a.saveExit(e)
+	e, err = a.noteExit(e)
 	return observation{phase: phaseExited, exit: e}, false, err
 }

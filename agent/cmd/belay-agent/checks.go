@@ -45,12 +45,17 @@ func checkUser(_ context.Context, p patient) []finding {
 
 func checkCgroups(_ context.Context, p patient) []finding {
 	version := p.facts.Attributes["belay.cgroup"]
-	const base = "sys/fs/cgroup"
+	// Version 1 has a mount per controller, in a tmpfs that systemd keeps
+	// read-only; its tasks' cgroups are made below the controllers.
+	base := "sys/fs/cgroup"
+	if version != "v2" {
+		base += "/memory"
+	}
 	switch {
 	case version == "":
 		return one(fail("mount cgroup2 on /sys/fs/cgroup", "not mounted"))
-	case p.euid == 0 && unix.Access(p.path(base), unix.W_OK) != nil:
-		return one(fail("the agent must not run in a container without the host's cgroups", "%s, but /sys/fs/cgroup is read-only", version))
+	case p.euid == 0 && errors.Is(unix.Access(p.path(base), unix.W_OK), unix.EROFS):
+		return one(fail("the agent must not run in a container without the host's cgroups", "%s, but /%s is read-only", version, base))
 	case p.facts.Attributes["belay.cgroup.memory"] != "on":
 		advice := "boot with cgroup_enable=memory on the kernel's command line"
 		if p.facts.Attributes["belay.board.family"] == "raspberry-pi" {

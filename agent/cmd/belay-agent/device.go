@@ -33,6 +33,17 @@ type device struct {
 	agent    *agent.Agent
 	link     *link.Link
 	runtimes *runtimes
+	ready    chan struct{} // closed once there are facts to dial with
+}
+
+// tunnel dials once there is something to tell.
+func (d *device) tunnel(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-d.ready:
+	}
+	return d.link.Run(ctx)
 }
 
 // runtimes passes the host on to the agent and doubles its hints: the facts
@@ -73,12 +84,25 @@ func (r *runtimes) run(ctx context.Context) error {
 const (
 	factsSettle   = 100 * time.Millisecond
 	factsInterval = 10 * time.Second
+	// settleLimit is how long the tunnel waits for the plugins at the start.
+	settleLimit = 3 * time.Second
 )
 
 // keepFacts tells the control plane of changes of plugins.
 func (d *device) keepFacts(ctx context.Context) error {
+	// What is told first has the plugins as they are, not as starting: tasks
+	// would be refused until the next word. A slow one is not waited for.
+	settling := time.NewTimer(settleLimit)
+	defer settling.Stop()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-d.runtimes.Settled():
+	case <-settling.C:
+	}
 	last := d.told()
 	d.link.SetFacts(last)
+	close(d.ready)
 	// The first few changes are the start; from then on they are spaced.
 	for spare := 5; ; spare-- {
 		select {

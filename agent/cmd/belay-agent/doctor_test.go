@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/belay-edge/belay/agent/internal/config"
 	"github.com/belay-edge/belay/agent/internal/system"
 	"github.com/belay-edge/belay/controlplane/wire/wiretest"
@@ -57,6 +59,21 @@ func healthy(t *testing.T) patient {
 	return p
 }
 
+// readOnly puts a read-only file system over dir, with a directory memory in it.
+func readOnly(t *testing.T, dir string) {
+	t.Helper()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	if err := os.Mkdir(filepath.Join(dir, "memory"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	for _, c := range []struct {
 		name, check string
@@ -66,6 +83,24 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	}{
 		{"no root", "user", func(_ *testing.T, p *patient) { p.euid = 1000 }, resultWarn, "no containers"},
 		{"cgroups", "cgroups", nil, resultOK, "v2, memory controller on"},
+		{"hybrid cgroups below systemd's read-only tmpfs", "cgroups", func(t *testing.T, p *patient) {
+			p.facts.Attributes["belay.cgroup"] = "hybrid"
+			if os.Geteuid() != 0 {
+				return
+			}
+			at := p.path("sys/fs/cgroup")
+			readOnly(t, at)
+			if err := unix.Mount("tmpfs", at+"/memory", "tmpfs", 0, ""); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = unix.Unmount(at+"/memory", unix.MNT_DETACH) })
+		}, resultOK, "hybrid, memory controller on"},
+		{"read-only cgroups", "cgroups", func(t *testing.T, p *patient) {
+			if os.Geteuid() != 0 {
+				t.Skip("mounting needs root")
+			}
+			readOnly(t, p.path("sys/fs/cgroup"))
+		}, resultFail, "is read-only"},
 		{"no cgroups", "cgroups", func(_ *testing.T, p *patient) { p.facts.Attributes = nil }, resultFail, "not mounted"},
 		{"Pi without memory controller", "cgroups", func(_ *testing.T, p *patient) {
 			p.facts.Attributes["belay.cgroup.memory"] = "off"

@@ -93,7 +93,7 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 	}
 	d := &device{
 		cfg: cfg, id: id, facts: facts, log: log, startedAt: time.Now().UTC(),
-		runtimes: newRuntimes(plugins),
+		runtimes: newRuntimes(plugins), ready: make(chan struct{}),
 	}
 	if d.link, err = newLink(d, clock); err != nil {
 		return err
@@ -182,7 +182,7 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 		go func() { <-loopEnded; cancel() }()
 		return plugins.Run(ctx)
 	})
-	g.start("tunnel", d.link.Run)
+	g.start("tunnel", d.tunnel)
 	g.start("plugin changes", d.runtimes.run)
 	g.start("facts", d.keepFacts)
 	g.start("local API", api.Run)

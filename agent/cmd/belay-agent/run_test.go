@@ -126,7 +126,7 @@ func TestRun(t *testing.T) {
 	}}})
 	s.Send(&wire.Frame{Body: &wire.Frame_EndOfSet{EndOfSet: &wire.EndOfSet{Sequence: 3, Full: true}}})
 
-	// The plugin comes up, and the control plane hears of it.
+	// The control plane hears of the plugin, ready, with the first word.
 	ready := func(f *wire.Facts) bool {
 		for _, p := range f.GetPlugins() {
 			if p.Name == "idle" && p.State == "ready" && p.Version == "1.2.3" && p.Checksum != "" && p.Networks[0] == "host" {
@@ -134,6 +134,9 @@ func TestRun(t *testing.T) {
 			}
 		}
 		return false
+	}
+	if !ready(hello.Facts) {
+		t.Errorf("the first facts do not have the plugin ready: %v", hello.Facts)
 	}
 	acked := false
 	for known := ready(hello.Facts); !known || !acked; {

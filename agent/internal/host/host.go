@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -112,6 +113,9 @@ type Host struct {
 
 	mu      sync.Mutex
 	plugins map[string]*plugin
+
+	unsettled atomic.Int64 // of those found by New
+	settled   chan struct{}
 }
 
 // New looks for plugins, so that RuntimeNames is right from the start, and
@@ -121,7 +125,7 @@ func New(c Config) (*Host, error) {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	h := &Host{config: c, log: c.Logger, changes: make(chan string, 64), plugins: map[string]*plugin{}}
+	h := &Host{config: c, log: c.Logger, changes: make(chan string, 64), plugins: map[string]*plugin{}, settled: make(chan struct{})}
 	for _, d := range []string{c.StateDir, c.RunDir} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("make plugin directory: %w", err)
@@ -129,6 +133,17 @@ func New(c Config) (*Host, error) {
 	}
 	if _, err := h.scan(); err != nil {
 		return nil, err
+	}
+	h.unsettled.Store(int64(len(h.plugins)))
+	if len(h.plugins) == 0 {
+		close(h.settled)
+	}
+	for _, p := range h.plugins {
+		p.settle = sync.OnceFunc(func() {
+			if h.unsettled.Add(-1) == 0 {
+				close(h.settled)
+			}
+		})
 	}
 	for name := range c.Plugins {
 		if h.plugins[name] == nil {
@@ -247,6 +262,9 @@ func (h *Host) Status() []Status {
 // Changes receives the name of a plugin when it came up or went down, or what
 // its Status says otherwise changed. A full channel drops.
 func (h *Host) Changes() <-chan string { return h.changes }
+
+// Settled is closed once every plugin found by New has been up or has failed.
+func (h *Host) Settled() <-chan struct{} { return h.settled }
 
 // RuntimeNames lists the plugins that are runtimes, up or down, and those that
 // may turn out to be.

@@ -410,3 +410,38 @@ func TestTrust(t *testing.T) {
 		}
 	}
 }
+
+func TestSettledAfterEveryPluginWasUpOrFailedOnce(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	plugins := filepath.Join(dir, "p")
+	if err := os.Mkdir(plugins, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(plugins, "text"), []byte("no program"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h, err := New(Config{Dir: plugins, StateDir: filepath.Join(dir, "s"), RunDir: filepath.Join(dir, "r")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-h.Settled():
+		t.Fatal("settled before anything was launched")
+	default:
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- h.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	select {
+	case <-h.Settled():
+	case <-time.After(10 * time.Second):
+		t.Fatal("never settled")
+	}
+	if s := h.Status(); len(s) != 1 || s[0].State != Failed {
+		t.Errorf("settled with %+v", s)
+	}
+}

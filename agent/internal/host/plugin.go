@@ -24,6 +24,8 @@ type plugin struct {
 	path string
 	wake chan struct{} // the executable was replaced, or is gone
 
+	settle func() // called once it was up or failed; may be called again
+
 	mu      sync.Mutex
 	st      Status
 	runtime sdk.Runtime // of the running process; nil otherwise
@@ -36,7 +38,7 @@ type plugin struct {
 }
 
 func newPlugin(h *Host, name, path string) *plugin {
-	return &plugin{host: h, name: name, path: path, wake: make(chan struct{}, 1),
+	return &plugin{host: h, name: name, path: path, wake: make(chan struct{}, 1), settle: func() {},
 		st: Status{Name: name, Path: path, State: Starting}}
 }
 
@@ -44,6 +46,7 @@ func newPlugin(h *Host, name, path string) *plugin {
 // is gone.
 func (p *plugin) run(ctx context.Context) {
 	log := p.host.log.With("plugin", p.name)
+	defer p.settle()
 	for launches := 0; ctx.Err() == nil; launches++ {
 		p.update(func(s *Status) { s.State, s.Restarts = Starting, launches })
 		begun := time.Now()
@@ -58,6 +61,7 @@ func (p *plugin) run(ctx context.Context) {
 		}
 		delay, state := p.judge(err, time.Since(begun), time.Now())
 		p.update(func(s *Status) { s.State, s.Error = state, err.Error() })
+		p.settle()
 		log.Error("plugin is down", "err", err, "state", state, "next", delay.Round(time.Millisecond))
 		if !p.wait(ctx, delay) {
 			p.crashes, p.quarantined = nil, false
@@ -192,6 +196,7 @@ func (p *plugin) up(ctx context.Context, process *sdkhost.Plugin) {
 		s.State, s.Error, s.PID = Ready, "", process.PID()
 		s.Version, s.Kinds = info.Version, info.Kinds
 	})
+	p.settle()
 	p.host.log.Info("plugin is up", "plugin", p.name, "version", info.Version, "pid", process.PID())
 }
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,6 +28,7 @@ type downlink struct {
 	sets        []assigned
 	acks        []uint64
 	ups         []bool
+	full        int // so many times Assign finds the disk full
 	logs        func(ctx context.Context, r *wire.LogsRequest, chunk func(string, []byte) error) error
 }
 
@@ -51,6 +53,10 @@ func (d *downlink) Assign(_ context.Context, incarnation string, full bool, set 
 		a.Tasks = append(a.Tasks, as.TaskId+" "+as.Desired)
 	}
 	d.sets = append(d.sets, a)
+	if d.full > 0 {
+		d.full--
+		return syscall.ENOSPC
+	}
 	d.incarnation, d.sequence = incarnation, sequence
 	return nil
 }

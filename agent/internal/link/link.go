@@ -92,7 +92,10 @@ type ackLevel struct {
 	sequence    uint64
 }
 
-var _ agent.Uplink = (*Link)(nil)
+var (
+	_ agent.Uplink    = (*Link)(nil)
+	_ agent.Forgetter = (*Link)(nil)
+)
 
 // New makes a Link; Attach and then Run make it work.
 func New(cfg Config) (*Link, error) {
@@ -156,6 +159,15 @@ func (l *Link) TaskStatus(s *wire.TaskStatus) {
 	}
 	l.mu.Unlock()
 	l.nudge()
+}
+
+// ForgetTask implements agent.Forgetter: nobody will acknowledge a status of a
+// task that the control plane no longer knows.
+func (l *Link) ForgetTask(id string) {
+	l.mu.Lock()
+	delete(l.statuses, id)
+	l.mu.Unlock()
+	l.nudge() // the session forgets that it said it
 }
 
 // AckAssignments implements agent.Uplink.

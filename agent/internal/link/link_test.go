@@ -143,6 +143,23 @@ func TestStatusesAreSentOnEverySessionUntilAcknowledged(t *testing.T) {
 	}
 }
 
+func TestStatusOfAForgottenTaskWasKeptAndSentForEver(t *testing.T) {
+	control := wiretest.NewControlPlane(t)
+	d := &downlink{}
+	l := start(t, config(t, control, TransportAuto), d)
+	l.TaskStatus(&wire.TaskStatus{Sequence: 1, TaskId: "a", LastStatus: "STOPPED"})
+	l.TaskStatus(&wire.TaskStatus{Sequence: 2, TaskId: "b", LastStatus: "RUNNING"})
+	first := register(t, control)
+	first.Expect("task_status")
+	first.Expect("task_status")
+	l.ForgetTask("a")
+	first.Close("", "")
+	second := register(t, control)
+	if got := second.Expect("task_status").GetTaskStatus(); got.TaskId != "b" {
+		t.Errorf("a new session was told of the forgotten task: %v", got)
+	}
+}
+
 func TestControlPlaneThatTalksNonsense(t *testing.T) {
 	control := wiretest.NewControlPlane(t)
 	d := &downlink{}

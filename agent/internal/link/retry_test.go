@@ -1,13 +1,18 @@
 package link
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
@@ -113,6 +118,33 @@ func TestSilenceIsRetriedEverySecondAtFirst(t *testing.T) {
 	})
 }
 
+func TestOfflineDeviceLoggedEveryTry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		n := 0
+		l, err := New(Config{
+			InstanceID: instanceA, Addresses: []string{"control.example:7443"}, Transport: wire.TransportQUIC, Clock: clock{},
+			Logger: slog.New(slog.NewTextHandler(&log, nil)),
+			dial: func(context.Context, string, string) (wire.Session, error) {
+				n++
+				return nil, fmt.Errorf("%w: way %d", carrier.ErrUnreachable, n%3)
+			},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Attach(&downlink{})
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Hour+time.Minute)
+		defer cancel()
+		if err := l.Run(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if lines := bytes.Count(log.Bytes(), []byte("\n")); lines < 10 || lines > 40 {
+			t.Errorf("%d lines in ten hours offline, want each of three errors about once an hour:\n%.500s", lines, &log)
+		}
+	})
+}
+
 // serve answers a hello on a pipe and runs the script.
 func serve(p *pipe, w *wire.Welcome, script func()) {
 	go func() {
@@ -188,6 +220,53 @@ func TestSessionsThatEndAtOnceAreNotRepeatedAtOnce(t *testing.T) {
 	})
 }
 
+func TestFullDiskMadeANewSessionForEachTry(t *testing.T) {
+	next := func(int) (wire.Session, error) {
+		p := newPipe()
+		serve(p, &wire.Welcome{Version: 1, Incarnation: "i1"}, func() {
+			say := func(f *wire.Frame) { _ = wire.WriteFrame(p.control, f) }
+			assign := func(task string) {
+				say(&wire.Frame{Body: &wire.Frame_Assignment{Assignment: &wire.Assignment{TaskId: task, Desired: "RUNNING"}}})
+			}
+			<-time.After(time.Second) // until the disk is full
+			assign("a")
+			say(&wire.Frame{Body: &wire.Frame_EndOfSet{EndOfSet: &wire.EndOfSet{Sequence: 1, Full: true}}})
+			<-time.After(90 * time.Second)
+			assign("b")
+			say(&wire.Frame{Body: &wire.Frame_EndOfSet{EndOfSet: &wire.EndOfSet{Sequence: 2}}})
+			for {
+				f, err := wire.ReadFrame(p.control)
+				if err != nil {
+					return
+				}
+				if f.GetPing() != nil {
+					say(&wire.Frame{Body: &wire.Frame_Pong{Pong: &wire.Pong{Id: f.GetPing().GetId()}}})
+				}
+			}
+		})
+		return p, nil
+	}
+	bubble(t, next, func(_ *Link, d *dialer, down *downlink) {
+		down.mu.Lock()
+		down.full = 8 // 1+2+4+...+60 s: past the second set
+		down.mu.Unlock()
+		<-time.After(10 * time.Minute)
+		synctest.Wait()
+		if n := len(d.asked()); n != 1 {
+			t.Errorf("%d sessions while the disk was full, want the one", n)
+		}
+		down.mu.Lock()
+		defer down.mu.Unlock()
+		if n := len(down.sets); n != 9 {
+			t.Errorf("%d tries to persist, want 9", n)
+		}
+		want := assigned{"i1", true, []string{"a RUNNING", "b RUNNING"}, 2}
+		if diff := cmp.Diff(want, down.sets[len(down.sets)-1]); diff != "" {
+			t.Errorf("what was persisted in the end (-want +got):\n%s", diff)
+		}
+	})
+}
+
 func TestSilentSessionIsPingedAndGivenUp(t *testing.T) {
 	var frames []string
 	next := func(n int) (wire.Session, error) {
@@ -253,6 +332,84 @@ func TestPongKeepsASession(t *testing.T) {
 		}
 		if n := len(d.asked()); n != 1 || l.Status().State != StateConnected {
 			t.Errorf("%d dials", n)
+		}
+	})
+}
+
+// doubting is a pipe whose carrier has doubts when the test says so.
+type doubting struct {
+	*pipe
+	doubt chan struct{}
+}
+
+func (d doubting) Doubt() <-chan struct{} { return d.doubt }
+
+func TestDoubtIsAnsweredByAPingAtOnce(t *testing.T) {
+	var doubt chan struct{} // of the bubble
+	var mu sync.Mutex
+	var pinged []time.Duration
+	var began time.Time
+	deaf := false
+	next := func(n int) (wire.Session, error) {
+		if n > 1 {
+			return nil, carrier.ErrUnreachable
+		}
+		p := newPipe()
+		doubt = make(chan struct{}, 1)
+		serve(p, &wire.Welcome{Version: 1, Incarnation: "i"}, func() {
+			for {
+				f, err := wire.ReadFrame(p.control)
+				if err != nil {
+					return
+				}
+				mu.Lock()
+				answer := f.GetPing() != nil && !deaf
+				if f.GetPing() != nil {
+					pinged = append(pinged, time.Since(began))
+				}
+				mu.Unlock()
+				if answer {
+					_ = wire.WriteFrame(p.control, &wire.Frame{Body: &wire.Frame_Pong{Pong: &wire.Pong{Id: f.GetPing().Id}}})
+				}
+			}
+		})
+		return doubting{p, doubt}, nil
+	}
+	bubble(t, next, func(l *Link, _ *dialer, _ *downlink) {
+		synctest.Wait()
+		mu.Lock()
+		began = time.Now()
+		mu.Unlock()
+		raise := func(after time.Duration) {
+			<-time.After(after)
+			doubt <- struct{}{}
+			synctest.Wait()
+		}
+		raise(time.Minute)
+		// The ping before it was answered a moment ago, its timer still runs.
+		raise(time.Second)
+		raise(time.Second)
+		mu.Lock()
+		deaf = true
+		mu.Unlock()
+		// Unanswered ones do not put the end off.
+		raise(time.Second)
+		raise(3 * time.Second)
+		raise(3 * time.Second)
+		for l.Status().State == StateConnected {
+			<-time.After(100 * time.Millisecond)
+		}
+		want := []time.Duration{60, 61, 62, 63, 66, 69}
+		mu.Lock()
+		defer mu.Unlock()
+		for i := range want {
+			want[i] *= time.Second
+		}
+		if !slices.Equal(pinged, want) {
+			t.Errorf("pinged at %v, want %v", pinged, want)
+		}
+		if took := time.Since(began); took < 63*time.Second+lost || took > 64*time.Second+lost {
+			t.Errorf("given up after %s", took)
 		}
 	})
 }

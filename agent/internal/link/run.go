@@ -24,6 +24,7 @@ func (l *Link) Run(ctx context.Context) error {
 		return errors.New("link: Attach was not called")
 	}
 	back := newBackoff(time.Now(), l.cfg.rand)
+	said := complaints{}
 	for ctx.Err() == nil {
 		l.setStatus(func(s *Status) {
 			s.State, s.Transport, s.Address, s.NextTry = StateConnecting, "", "", time.Time{}
@@ -34,9 +35,12 @@ func (l *Link) Run(ctx context.Context) error {
 		}
 		if !registered.IsZero() {
 			back.reset(time.Now(), time.Since(registered))
+			said = complaints{}
 		}
 		wait := back.next(time.Now(), err)
-		l.complain(err, wait)
+		if said.worth(err, time.Now()) {
+			l.complain(err, wait)
+		}
 		l.setStatus(func(s *Status) {
 			s.State, s.Transport, s.Address = StateWaiting, "", ""
 			s.NextTry, s.LastError = time.Now().Add(wait), err.Error()
@@ -130,6 +134,31 @@ func (l *Link) prefer(address string) {
 		}
 	}
 	l.addresses = ordered
+}
+
+// complaints are what was logged since the link was lost. Offline is a normal
+// state that may last for weeks: a log on flash must not grow by every try.
+type complaints struct {
+	seen map[string]bool
+	at   time.Time // of the last
+}
+
+const (
+	complainAgain = time.Hour // what was said before is said again
+	mostNews      = 16        // errors that may be new until then
+)
+
+// worth says whether to log a failed try.
+func (c *complaints) worth(err error, now time.Time) bool {
+	again := now.Sub(c.at) >= complainAgain
+	if again {
+		c.seen = map[string]bool{}
+	}
+	if c.seen[err.Error()] || len(c.seen) >= mostNews {
+		return false
+	}
+	c.seen[err.Error()], c.at = true, now
+	return true
 }
 
 func (l *Link) complain(err error, wait time.Duration) {

@@ -21,6 +21,10 @@ const (
 	lost = 7 * time.Second
 	// writeTimeout bounds one frame to a control plane that reads slowly.
 	writeTimeout = 30 * time.Second
+	// applyRetry is how soon the agent is handed again what it could not
+	// persist; it doubles up to the cap.
+	applyRetry    = time.Second
+	applyRetryCap = time.Minute
 	// maxSet bounds the assignments between two EndOfSets.
 	maxSet = 10000
 )
@@ -246,22 +250,45 @@ func (s *session) read(ctx context.Context) error {
 }
 
 // apply hands sets to the agent one after the other, beside the reader: a
-// slow disk does not delay acknowledgements.
+// slow disk does not delay acknowledgements. What the agent cannot persist is
+// tried again here, together with what came since: a new session for each try
+// would cost a handshake and bring the same set.
 func (s *session) apply(ctx context.Context) error {
+	var todo *set
+	var retry <-chan time.Time
+	wait := applyRetry
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case set := <-s.sets:
-			if err := s.link.down.Assign(ctx, s.welcome.Incarnation, set.full, set.assignments, set.sequence); err != nil {
-				if ctx.Err() != nil {
-					return nil
-				}
-				return fmt.Errorf("take over assignments: %w", err)
+		case next := <-s.sets:
+			if todo = todo.and(next); len(todo.assignments) > maxSet {
+				return errors.New("take over assignments: too many wait for a disk that cannot be written")
 			}
-			s.link.AckAssignments(s.welcome.Incarnation, set.sequence)
+		case <-retry:
+		}
+		err := s.link.down.Assign(ctx, s.welcome.Incarnation, todo.full, todo.assignments, todo.sequence)
+		switch {
+		case err == nil:
+			s.link.AckAssignments(s.welcome.Incarnation, todo.sequence)
+			todo, retry, wait = nil, nil, applyRetry
+		case ctx.Err() != nil:
+			return nil
+		default:
+			s.link.log.Debug("assignments are not taken over", "err", err, "retry", wait) // the agent says it aloud
+			retry = time.After(wait)
+			wait = min(2*wait, applyRetryCap)
 		}
 	}
+}
+
+// and is a set that waits with a later one added to it.
+func (s *set) and(next set) *set {
+	if s != nil && !next.full {
+		next.full = s.full
+		next.assignments = slices.Concat(s.assignments, next.assignments)
+	}
+	return &next
 }
 
 // write sends levels when they change, and pings when what it sent brought no
@@ -289,14 +316,21 @@ func (s *session) write(ctx context.Context) error {
 			timer.Stop()
 		}
 	}()
-	ping := func() error {
+	ask := func() error {
 		pings++
-		awaiting, last = true, s.heard.Load()
 		_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 		if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
 			return ended(s.conn, err)
 		}
-		arm(lost, last)
+		return nil
+	}
+	ping := func() error {
+		before := s.heard.Load()
+		if err := ask(); err != nil {
+			return err
+		}
+		awaiting, last = true, before
+		arm(lost, before)
 		return nil
 	}
 	var doubt <-chan struct{}
@@ -330,10 +364,15 @@ func (s *session) write(ctx context.Context) error {
 				return ended(s.conn, err)
 			}
 		case <-doubt:
-			if due == nil || !awaiting {
-				if err := ping(); err != nil {
-					return err
-				}
+			// Even while a ping waits for its answer: the carrier repeats that
+			// one ever more rarely, and a control plane that is back by now
+			// turns a new one down at once. It gets no more time for it.
+			again := ping
+			if due != nil && awaiting && s.heard.Load() == heard {
+				again = ask
+			}
+			if err := again(); err != nil {
+				return err
 			}
 		case <-due:
 			due = nil

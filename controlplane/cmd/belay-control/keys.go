@@ -24,6 +24,7 @@ import (
 //	ca.pem       what API clients trust
 //	ca-key.pem   0600, what devices pin: losing it means enrolling all anew
 //	etcd/        0700, the embedded store
+//	peers        0600, where devices are connected from; may be deleted
 //
 // Server certificates are made anew at every start, from the names of the
 // day; what clients trust is the CA.
@@ -33,6 +34,7 @@ const (
 	caFile    = "ca.pem"
 	caKeyFile = "ca-key.pem"
 	etcdDir   = "etcd"
+	peersFile = "peers"
 )
 
 // openDataDir makes the directory and takes it for this process alone.
@@ -84,9 +86,9 @@ func openCA(dir string, now time.Time, log *slog.Logger) (*carrier.CA, error) {
 		warnReadable(keyPath, log)
 		return ca, nil
 	}
-	// Half of it missing is a first start cut short, unless there is a store:
-	// then devices rely on the key that is gone.
-	if _, err := os.Stat(filepath.Join(dir, etcdDir)); err == nil {
+	// A first start cut short leaves the key alone, which comes first, and no
+	// store. Anything else had devices, and they rely on the key that is gone.
+	if _, err := os.Stat(filepath.Join(dir, etcdDir)); err == nil || certErr == nil {
 		return nil, fmt.Errorf("%s and %s must both be in %s, whose devices pin that key: restore them from a backup, or start with an empty data directory", caFile, caKeyFile, dir)
 	}
 	ca, err := carrier.NewCA(now)

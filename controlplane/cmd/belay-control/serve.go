@@ -19,6 +19,7 @@ import (
 	"github.com/belay-edge/belay/controlplane/internal/api"
 	"github.com/belay-edge/belay/controlplane/internal/etcd"
 	"github.com/belay-edge/belay/controlplane/internal/hub"
+	"github.com/belay-edge/belay/controlplane/internal/peers"
 	"github.com/belay-edge/belay/controlplane/internal/scheduler"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
 )
@@ -78,11 +79,13 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 	parts := &parts{log: log}
 	parts.onStop("store", func() error { return store.Close() })
 
-	plane, hub, err := open(ctx, cfg, store, ca, addresses(cfg, listener.Addr()), log)
+	book := peers.Open(filepath.Join(cfg.DataDir, peersFile), log)
+	plane, hub, err := open(ctx, cfg, store, ca, book, addresses(cfg, listener.Addr()), log)
 	if err != nil {
 		return parts.stop(err)
 	}
 	parts.run("state", plane.Run)
+	parts.run("peers", book.Run)
 	parts.run("tunnels", func(ctx context.Context) error { return hub.Serve(ctx, listener) })
 	serveHTTP(parts, plane, token, listener.HTTP(), log)
 
@@ -131,7 +134,7 @@ func openStore(ctx context.Context, cfg config, log *slog.Logger) (*etcd.Store, 
 }
 
 // open joins the domain and the hub over the store.
-func open(ctx context.Context, cfg config, store controlplane.Store, ca *carrier.CA, advertise []string, log *slog.Logger) (*controlplane.Plane, *hub.Hub, error) {
+func open(ctx context.Context, cfg config, store controlplane.Store, ca *carrier.CA, book *peers.Book, advertise []string, log *slog.Logger) (*controlplane.Plane, *hub.Hub, error) {
 	pepper, err := ca.Secret("activation codes")
 	if err != nil {
 		return nil, nil, err
@@ -143,7 +146,7 @@ func open(ctx context.Context, cfg config, store controlplane.Store, ca *carrier
 	if err != nil {
 		return nil, nil, err
 	}
-	h := hub.New(hub.Config{Devices: plane, Version: version, Advertise: advertise, Logger: log})
+	h := hub.New(hub.Config{Devices: plane, Version: version, Advertise: advertise, Logger: log, Peers: book})
 	plane.SetTunnels(h)
 	return plane, h, nil
 }

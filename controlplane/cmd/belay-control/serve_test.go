@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -168,6 +169,31 @@ func TestLostCA(t *testing.T) {
 	err := run(t.Context(), []string{"serve", "--data-dir", dir, "--listen", "127.0.0.1:0"}, nil, io.Discard, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "backup") {
 		t.Errorf("error %v, want one that says what to do: a new CA would lock all devices out", err)
+	}
+}
+
+// With an external store there is no etcd directory to tell that there were
+// devices: a lost key was replaced by a new one without a word.
+func TestLostCAKeyWithExternalStore(t *testing.T) {
+	dir, log := t.TempDir(), slog.New(slog.DiscardHandler)
+	if _, err := openCA(dir, time.Now(), log); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, caKeyFile)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openCA(dir, time.Now(), log); err == nil || !strings.Contains(err.Error(), "backup") {
+		t.Errorf("error %v, want one that says to restore the key", err)
+	}
+	// A first start cut short between the two files is no loss.
+	if err := os.Remove(filepath.Join(dir, caFile)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, caKeyFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openCA(dir, time.Now(), log); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -25,6 +25,9 @@ const (
 	unaryTimeout = 30 * time.Second
 	// logsTimeout bounds reading a container's output.
 	logsTimeout = 10 * time.Minute
+	// strangerPatience is how long who has shown no token may take to send a
+	// body: nobody reads it, but net/http waits for its end, for ever.
+	strangerPatience = 2 * time.Second
 )
 
 // Config is what the API stands on.
@@ -76,7 +79,19 @@ func NewHandler(cfg Config) http.Handler {
 	)
 	mux.Handle(path, s.authenticate(handler))
 	mux.HandleFunc("GET /healthz", s.health)
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		bodyDeadline(w, r, time.Now().Add(strangerPatience))
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// bodyDeadline bounds reading a body over HTTP/1.1; zero: it is not bounded.
+// HTTP/2 needs none: there a stream ends with its handler.
+func bodyDeadline(w http.ResponseWriter, r *http.Request, at time.Time) {
+	if r.ProtoMajor == 1 {
+		// It fails only where w is no connection's.
+		_ = http.NewResponseController(w).SetReadDeadline(at)
+	}
 }
 
 func (s *server) recovered(_ context.Context, spec connect.Spec, _ http.Header, what any) error {
@@ -120,6 +135,7 @@ func (s *server) authenticate(next http.Handler) http.Handler {
 			}
 			return
 		}
+		bodyDeadline(w, r, time.Time{})
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), principalKey{}, administrator)))
 	})
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
@@ -47,6 +48,10 @@ var _ controlplane.Store = (*Store)(nil)
 // on it. It listens on nothing: etcd's default ports would let any local user
 // in. One process at a time may open a directory; the caller sees to that.
 func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
+	return openWithin(ctx, dir, quotaBytes, log)
+}
+
+func openWithin(ctx context.Context, dir string, quota int64, log *slog.Logger) (*Store, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the store's directory: %w", err)
 	}
@@ -60,7 +65,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
 	cfg.AdvertiseClientUrls = nil
 	cfg.MaxTxnOps = controlplane.MaxTxnOps + 8
 	cfg.MaxRequestBytes = maxRequestBytes
-	cfg.QuotaBackendBytes = quotaBytes
+	cfg.QuotaBackendBytes = quota
 	cfg.AutoCompactionMode = embed.CompactorModePeriodic
 	cfg.AutoCompactionRetention = retention
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(&core{log: log.With("from", "etcd")}))
@@ -85,7 +90,43 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
 		return nil, fmt.Errorf("starting the embedded store in %s: not ready in time: %w", dir, ctx.Err())
 	}
 	s.client = v3client.New(server.Server)
+	if err := s.makeRoom(ctx, log); err != nil {
+		_ = s.Close()
+		return nil, fmt.Errorf("starting the embedded store in %s: %w", dir, err)
+	}
 	return s, nil
+}
+
+// makeRoom gives back the space of what was deleted and lifts the write stop
+// of a store that was full. etcd does neither by itself, and nothing but this
+// process reaches an embedded one. If it is still full, the first write says so
+// again.
+func (s *Store) makeRoom(ctx context.Context, log *slog.Logger) error {
+	alarms, err := s.client.AlarmList(ctx)
+	if err != nil {
+		return fmt.Errorf("reading its alarms: %w", err)
+	}
+	for _, a := range alarms.Alarms {
+		if a.Alarm != etcdserverpb.AlarmType_NOSPACE {
+			continue
+		}
+		log.Warn("the store had reached its size limit: defragmenting it, which may take minutes")
+		rev, err := s.Revision(ctx)
+		if err != nil {
+			return err
+		}
+		if _, err := s.client.Compact(ctx, rev, clientv3.WithCompactPhysical()); err != nil && !errors.Is(err, rpctypes.ErrCompacted) {
+			return fmt.Errorf("compacting it: %w", err)
+		}
+		// Not by the client: the maintenance service needs a gRPC server.
+		if err := s.server.Server.Backend().Defrag(); err != nil {
+			return fmt.Errorf("defragmenting it: %w", err)
+		}
+		if _, err := s.client.AlarmDisarm(ctx, (*clientv3.AlarmMember)(a)); err != nil {
+			return fmt.Errorf("lifting its write stop: %w", err)
+		}
+	}
+	return nil
 }
 
 // Connect returns a store on an external etcd cluster, which must be the
@@ -273,8 +314,9 @@ func present(v []byte) []byte {
 func failure(doing string, err error) error {
 	switch {
 	case errors.Is(err, rpctypes.ErrNoSpace):
-		return controlplane.Errorf(controlplane.Exhausted,
-			"%s the store: it has reached its size limit of %d MiB; delete what is not needed and defragment it: %w", doing, quotaBytes>>20, err)
+		// Not Exhausted: to a device that enrols, that is a used-up activation.
+		return controlplane.Errorf(controlplane.Unavailable,
+			"%s the store: it has reached its size limit of %d MiB; delete what is not needed and start the control plane again: %w", doing, quotaBytes>>20, err)
 	case errors.Is(err, rpctypes.ErrRequestTooLarge):
 		return controlplane.Errorf(controlplane.InvalidArgument, "%s the store: the object is too large: %w", doing, err)
 	case errors.Is(err, rpctypes.ErrCompacted):

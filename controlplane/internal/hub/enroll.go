@@ -2,6 +2,8 @@ package hub
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -16,13 +18,13 @@ func (h *Hub) enroll(ctx context.Context, s wire.Session, log *slog.Logger) {
 	stream, err := acceptControl(ctx, s)
 	if err != nil {
 		log.Debug("enrolment ended early", "err", err)
-		s.Close(wire.CodeProtocol, err.Error())
+		closeEarly(ctx, s, err)
 		return
 	}
-	f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetEnrollRequest() != nil })
+	f, err := await(ctx, stream, func(f *wire.Frame) bool { return f.GetEnrollRequest() != nil })
 	if err != nil {
 		log.Debug("enrolment ended early", "err", err)
-		s.Close(wire.CodeProtocol, err.Error())
+		closeEarly(ctx, s, err)
 		return
 	}
 	answer := h.decideEnrollment(ctx, f.GetEnrollRequest(), wire.Fingerprint(s.PeerCertificate()), log)
@@ -49,7 +51,7 @@ func (h *Hub) decideEnrollment(ctx context.Context, q *wire.EnrollRequest, key s
 	})
 	if err != nil {
 		f := failureOf(err, log, "enrol a device")
-		log.Info("enrolment refused", "activation", q.ActivationId, "code", f.Code)
+		log.Info("enrolment refused", "activation", legible(q.ActivationId), "code", f.Code)
 		return &wire.EnrollResponse{Failure: f}
 	}
 	log.Info("device enrolled", "instance", instance.ID, "cluster", instance.Cluster, "already", already)
@@ -66,13 +68,14 @@ func (h *Hub) decideEnrollment(ctx context.Context, q *wire.EnrollRequest, key s
 func acceptControl(ctx context.Context, s wire.Session) (wire.Stream, error) {
 	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
 	defer cancel()
-	for {
+	// What yamux holds for a stream given up stays for some time.
+	for range maxOpening {
 		stream, err := s.AcceptStream(ctx)
 		if err != nil {
 			return nil, err
 		}
 		_ = stream.SetDeadline(time.Now().Add(helloTimeout))
-		f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetOpen() != nil })
+		f, err := await(ctx, stream, func(f *wire.Frame) bool { return f.GetOpen() != nil })
 		if err != nil {
 			_ = stream.Close()
 			return nil, err
@@ -82,6 +85,33 @@ func acceptControl(ctx context.Context, s wire.Session) (wire.Stream, error) {
 		}
 		_ = stream.Close()
 	}
+	return nil, fmt.Errorf("%w: of %d streams none is a control stream", wire.ErrFrame, maxOpening)
+}
+
+// await is wire.Await that also ends with ctx: a shutdown does not wait for
+// peers that say nothing.
+func await(ctx context.Context, s wire.Stream, want func(*wire.Frame) bool) (*wire.Frame, error) {
+	defer context.AfterFunc(ctx, func() { _ = s.SetReadDeadline(time.Now()) })()
+	return wire.Await(s, want)
+}
+
+// closeEarly ends a session that has not said what was due: by its own fault,
+// or because this side has no time left for it.
+func closeEarly(ctx context.Context, s wire.Session, err error) {
+	var e *ending
+	if errors.As(context.Cause(ctx), &e) {
+		s.Close(e.failure.Code, e.failure.Message)
+		return
+	}
+	s.Close(wire.CodeProtocol, err.Error())
+}
+
+// legible is an id as it may be logged of a peer nobody knows yet.
+func legible(id string) string {
+	if len(id) > 64 {
+		return id[:64] + "..."
+	}
+	return id
 }
 
 // linger lets the peer read what was last written before the session is cut:

@@ -2,6 +2,7 @@ package hub
 
 import (
 	"context"
+	"log/slog"
 	"maps"
 	"slices"
 	"sync"
@@ -158,9 +159,14 @@ type rig struct {
 
 func newRig(t *testing.T, d *devices) *rig {
 	t.Helper()
+	return newRigWith(t, d, nil)
+}
+
+func newRigWith(t *testing.T, d *devices, log *slog.Logger) *rig {
+	t.Helper()
 	r := &rig{t: t, control: wiretest.NewControlPlane(t), devices: d, served: make(chan error, 1)}
 	r.hub = New(Config{
-		Devices: d, Version: "0.1.0", Advertise: []string{"control.example:7443"},
+		Devices: d, Version: "0.1.0", Advertise: []string{"control.example:7443"}, Logger: log,
 		Now: func() time.Time { return time.Unix(0, 1795219200000000000) },
 	})
 	ctx, stop := context.WithCancel(context.Background())

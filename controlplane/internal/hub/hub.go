@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 // Limits. Each bounds what one peer can take from the others.
 const (
 	maxPending   = 4096 // sessions that have not registered yet
+	maxOpening   = 16   // streams until one is the control stream
 	helloTimeout = 10 * time.Second
 	callTimeout  = 30 * time.Second // one call into the domain
 	writeTimeout = 30 * time.Second // one frame to a slow device
@@ -46,6 +48,9 @@ type Config struct {
 	Advertise []string // addresses told to devices, host:port
 	Logger    *slog.Logger
 	Now       func() time.Time // nil: time.Now
+	// Peers lets devices hear at once of a restart after a crash; nil: they
+	// find out by themselves.
+	Peers Peers
 }
 
 // Hub implements controlplane.Tunnels.
@@ -85,6 +90,9 @@ func (h *Hub) Serve(ctx context.Context, from Acceptor) error {
 	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
 	var all sync.WaitGroup
+	if n, ok := from.(Nudger); ok && h.cfg.Peers != nil {
+		all.Go(func() { h.keepPeers(ctx, n) })
+	}
 	var err error
 	for {
 		var s wire.Session
@@ -167,6 +175,9 @@ func (h *Hub) install(s *session) {
 	h.mu.Lock()
 	old := h.sessions[s.instance]
 	h.sessions[s.instance] = s
+	if h.cfg.Peers != nil {
+		h.cfg.Peers.Put(s.instance, whereabouts(s.wire))
+	}
 	h.mu.Unlock()
 	if old == nil {
 		return
@@ -184,6 +195,11 @@ func (h *Hub) drop(s *session) {
 	defer h.mu.Unlock()
 	if h.sessions[s.instance] == s {
 		delete(h.sessions, s.instance)
+		// Told to come back later, it may not have heard: the next process
+		// nudges it.
+		if h.cfg.Peers != nil && !s.shutDown() {
+			h.cfg.Peers.Put(s.instance, netip.AddrPort{})
+		}
 	}
 	h.seen[s.instance] = h.cfg.Now()
 }
@@ -191,6 +207,12 @@ func (h *Hub) drop(s *session) {
 // ending is the cause with which a session's context ends when this side wants
 // it to: what the Goodbye says.
 type ending struct{ failure *wire.Failure }
+
+// shutDown tells whether the session ends because this process does.
+func (s *session) shutDown() bool {
+	var e *ending
+	return errors.As(context.Cause(s.ctx), &e) && e.failure.Code == wire.CodeShutdown
+}
 
 func (e *ending) Error() string { return e.failure.Code + ": " + e.failure.Message }
 

@@ -45,17 +45,17 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	stream, err := acceptControl(ctx, ws)
 	if err != nil {
 		log.Debug("session ended before it registered", "err", err)
-		ws.Close(wire.CodeProtocol, err.Error())
+		closeEarly(ctx, ws, err)
 		return
 	}
-	f, err := wire.Await(stream, func(f *wire.Frame) bool { return f.GetHello() != nil })
+	f, err := await(ctx, stream, func(f *wire.Frame) bool { return f.GetHello() != nil })
 	if err != nil {
 		log.Debug("session ended before it registered", "err", err)
-		ws.Close(wire.CodeProtocol, err.Error())
+		closeEarly(ctx, ws, err)
 		return
 	}
 	hello := f.GetHello()
-	log = log.With("instance", hello.InstanceId)
+	log = log.With("instance", legible(hello.InstanceId))
 	s := &session{
 		hub: h, wire: ws, control: stream, instance: hello.InstanceId,
 		key: wire.Fingerprint(ws.PeerCertificate()), nonce: hello.AgentNonce, machine: hello.HashedMachineId,

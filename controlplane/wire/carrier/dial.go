@@ -154,13 +154,14 @@ func dialQUICAddr(ctx context.Context, addr netip.AddrPort, conf *tls.Config) (w
 	}
 	s.doubt = make(chan struct{}, 1)
 	go watchSilence(s)
+	go watchNudges(tr.ReadNonQUICPacket, conn.RemoteAddr, s.raiseDoubt)
 	return s, nil
 }
 
 // watchSilence signals doubt when packets were sent and nothing came back for
 // some time. quic-go itself gives up only after wire.Idle, and a control plane
 // that was started again does not reset a connection for packets as small as a
-// keepalive. It may be wrong (an acknowledgement needs no answer, a probe of
+// keepalive; its nudge, which may get lost, is quicker. It may be wrong (an acknowledgement needs no answer, a probe of
 // the path's MTU gets none where it is too big): the answer to a ping decides.
 func watchSilence(s *quicSession) {
 	tick := time.NewTicker(silenceCheck)
@@ -184,10 +185,7 @@ func watchSilence(s *quicSession) {
 				continue
 			}
 			sent, silent = stats.PacketsSent, 0
-			select {
-			case s.doubt <- struct{}{}:
-			default:
-			}
+			s.raiseDoubt()
 		}
 	}
 }

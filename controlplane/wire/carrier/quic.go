@@ -37,7 +37,7 @@ type quicSession struct {
 	conn     *quic.Conn
 	peer     *x509.Certificate
 	protocol string
-	doubt    chan struct{} // of a dialled one, see watchSilence
+	doubt    chan struct{} // of a dialled one, see watchSilence and watchNudges
 	ended    chan struct{} // closed after conn's end and, for a dialled one, the socket's
 }
 
@@ -82,6 +82,13 @@ func (s *quicSession) Close(code, reason string) {
 
 // Doubt implements wire.Doubter.
 func (s *quicSession) Doubt() <-chan struct{} { return s.doubt }
+
+func (s *quicSession) raiseDoubt() {
+	select {
+	case s.doubt <- struct{}{}:
+	default: // one waits
+	}
+}
 
 func (s *quicSession) Done() <-chan struct{} { return s.ended }
 

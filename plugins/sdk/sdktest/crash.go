@@ -2,6 +2,7 @@ package sdktest
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"syscall"
 	"testing"
@@ -65,26 +66,9 @@ func testCrashWhileKilled(t *testing.T, r *rig) {
 // testCrashInStart kills the plugin at random moments of Start and starts
 // again, as an agent does: there is one process in the end, and it ran once.
 func testCrashInStart(t *testing.T, r *rig) {
-	begun := time.Now()
-	first, _ := r.start(t, stay)
-	usual := time.Since(begun)
-	if _, err := r.runtime.Stop(r.ctx(t), first.Attempt, 0); err != nil {
-		t.Fatal(err)
-	}
+	usual := r.usualStart(t)
 	for range r.opts.HangUp {
-		req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
-		after := rand.N(usual + usual/4)
-		started := make(chan error, 1)
-		go func() {
-			_, err := r.runtime.Start(r.ctx(t), req)
-			started <- err
-		}()
-		<-time.After(after)
-		r.crash()
-		if err := <-started; err != nil && !errors.Is(err, sdk.Unavailable) {
-			t.Errorf("killed after %s: Start failed with kind %q, want unavailable: %v", after, sdk.KindOf(err), err)
-		}
-		r.launch(t)
+		req, after := r.crashInStart(t, usual)
 		c, err := r.runtime.Start(r.ctx(t), req)
 		if err != nil {
 			t.Errorf("killed after %s: second Start: %v", after, err)
@@ -108,6 +92,61 @@ func testCrashInStart(t *testing.T, r *rig) {
 			t.Errorf("killed after %s: output is %q: the program ran twice", after, got)
 		}
 	}
+}
+
+// testCrashInStartGivenUp is an agent that is told to drop the task meanwhile:
+// there is no second Start to clear up after the first.
+func testCrashInStartGivenUp(t *testing.T, r *rig) {
+	usual := r.usualStart(t)
+	for range (r.opts.HangUp + 1) / 2 {
+		req, after := r.crashInStart(t, usual)
+		// Repeated, as an agent does: what the dead process asked for may
+		// still be coming up.
+		r.eventually(t, fmt.Sprintf("killed after %s: everything is removed", after), func() error {
+			if _, err := r.runtime.Stop(r.ctx(t), req.Attempt, 0); err != nil && !errors.Is(err, sdk.NotFound) {
+				return err
+			}
+			if err := r.runtime.Remove(r.ctx(t), req.Attempt); err != nil {
+				return err
+			}
+			return r.runtime.RemoveTask(r.ctx(t), req.Attempt.Task)
+		})
+		if got, ok := r.find(t, req.Attempt); ok {
+			t.Errorf("killed after %s: after Remove List has %+v", after, got)
+		}
+	}
+}
+
+// usualStart is how long Start takes here.
+func (r *rig) usualStart(t *testing.T) time.Duration {
+	t.Helper()
+	begun := time.Now()
+	first, _ := r.start(t, stay)
+	usual := time.Since(begun)
+	if _, err := r.runtime.Stop(r.ctx(t), first.Attempt, 0); err != nil {
+		t.Fatal(err)
+	}
+	return usual
+}
+
+// crashInStart kills the plugin at some moment of a Start and launches it
+// again.
+func (r *rig) crashInStart(t *testing.T, usual time.Duration) (req sdk.StartRequest, after time.Duration) {
+	t.Helper()
+	req = r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
+	after = rand.N(usual + usual/4)
+	started := make(chan error, 1)
+	go func() {
+		_, err := r.runtime.Start(r.ctx(t), req)
+		started <- err
+	}()
+	<-time.After(after)
+	r.crash()
+	if err := <-started; err != nil && !errors.Is(err, sdk.Unavailable) {
+		t.Errorf("killed after %s: Start failed with kind %q, want unavailable: %v", after, sdk.KindOf(err), err)
+	}
+	r.launch(t)
+	return req, after
 }
 
 func testCrashInStop(t *testing.T, r *rig) {

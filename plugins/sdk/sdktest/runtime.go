@@ -94,6 +94,7 @@ func Runtime(t *testing.T, o RuntimeOptions) {
 		{"plugin killed, container exits meanwhile", testCrashWhileExiting},
 		{"plugin killed, container is killed meanwhile", testCrashWhileKilled},
 		{"plugin killed in the middle of start", testCrashInStart},
+		{"plugin killed in the middle of a start that is given up", testCrashInStartGivenUp},
 		{"plugin killed in the middle of stop", testCrashInStop},
 		{"nothing is left over", testNothingLeft},
 	} {

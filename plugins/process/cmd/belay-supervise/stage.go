@@ -79,6 +79,19 @@ func stage(dir string) int {
 	return fail(step, e)
 }
 
+// killable undoes what the agent's unit does to protect the agent: inherited by
+// a program that takes all memory, it would make the kernel kill others.
+func killable() {
+	const file = "/proc/self/oom_score_adj"
+	if b, err := record.ReadFile(file); err != nil || len(b) == 0 || b[0] != '-' {
+		return
+	}
+	if fd, err := syscall.Open(file, syscall.O_WRONLY|syscall.O_CLOEXEC, 0); err == nil {
+		_, _ = syscall.Write(fd, []byte("0"))
+		_ = syscall.Close(fd)
+	}
+}
+
 // execCommand becomes a command of Exec: its output is where this process's is.
 func execCommand() int {
 	raw, err := record.ReadAll(3)
@@ -201,6 +214,7 @@ func openAppend(path string) (int, syscall.Errno) {
 // become joins, limits, switches and executes; it returns only on failure.
 // Raw system calls on this locked thread only, and no allocation on the way.
 func become(m *image) (string, syscall.Errno) {
+	killable()
 	for _, fd := range openDescriptors() {
 		if fd > 2 {
 			syscall.CloseOnExec(fd)
