@@ -86,7 +86,7 @@ func TestLimitsOfVersion2(t *testing.T) {
 			check(strings.Join(args[:2], " "))
 		}
 	}
-	task.ID = a.Task
+	task.ID, task.Network = a.Task, sdk.NetworkNone
 	if err := w.rt.PrepareTask(w.ctx(), task); err != nil { // as a new agent does
 		t.Errorf("PrepareTask again: %v", err)
 	}
