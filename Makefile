@@ -14,7 +14,7 @@ FLAGS   = -buildvcs=false -trimpath -tags=grpcnotrace
 GOBUILD = CGO_ENABLED=0 go build $(FLAGS) -ldflags '-s -w -X main.version=$(VERSION)'
 RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 
-.PHONY: build demo test test-modules lint bench fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-vm lint bench fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -41,6 +41,12 @@ test-modules:
 lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
 	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
 	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && export CGO_ENABLED=0 GOFLAGS="$(FLAGS)" && go mod tidy -diff >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
+
+test-systemd: ## the process plugin with a real systemd: the host's, or one booted in a container
+	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestConformanceSystemd$$' -v ./plugins/process
+
+test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, process, units)
+	@hw-tests/vm/run.sh $(VM)
 
 bench: setup build ## what it costs: memory, latency beside ctr, binary sizes
 	go test ./hw-tests/blackbox -run '^$$' -bench . -benchtime 1x -timeout 30m -bin $(abspath $(BIN))

@@ -21,9 +21,12 @@ import (
 // every network mode.
 func TestConformance(t *testing.T) {
 	ctd, reg := daemons(t)
-	bin := filepath.Join(t.TempDir(), "containerd")
-	if out, err := exec.Command("go", "build", "-o", bin, "./testdata/containerd").CombinedOutput(); err != nil {
-		t.Fatalf("build the plugin: %v\n%s", err, out)
+	bin := filepath.Join(built, "containerd")
+	if built == "" {
+		bin = filepath.Join(t.TempDir(), "containerd")
+		if out, err := exec.Command("go", "build", "-o", bin, "./testdata/containerd").CombinedOutput(); err != nil {
+			t.Fatalf("build the plugin: %v\n%s", err, out)
+		}
 	}
 	for _, network := range []string{sdk.NetworkNone, sdk.NetworkBridge} {
 		t.Run(network, func(t *testing.T) {

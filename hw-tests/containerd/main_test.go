@@ -21,6 +21,7 @@ import (
 	"github.com/belay-edge/belay/images"
 	plugin "github.com/belay-edge/belay/plugins/containerd"
 	"github.com/belay-edge/belay/plugins/sdk"
+	"github.com/belay-edge/belay/plugins/sdk/sdktest"
 )
 
 var shared struct {
@@ -94,10 +95,20 @@ func daemons(t *testing.T) (*rig.Containerd, *rig.Registry) {
 	return shared.ctd, shared.registry
 }
 
+// built holds the plugin and the images' workloads compiled before, for runs
+// of the test binary where there is no Go.
+var built = os.Getenv("BELAY_TEST_CONTAINERD_BUILT")
+
 var (
-	options  = images.Options{Root: "../.."}
-	hostOnly = images.Options{Root: "../..", HostOnly: true}
+	options  = images.Options{Root: "../..", Built: built}
+	hostOnly = images.Options{Root: "../..", HostOnly: true, Built: built}
 )
+
+// slow stretches what these tests wait for, on emulated machines.
+func slow(d time.Duration) time.Duration {
+	n, _ := strconv.Atoi(os.Getenv(sdktest.SlowEnv))
+	return d * time.Duration(max(n, 1))
+}
 
 // world is one agent's plugin with its directories.
 type world struct {
@@ -148,14 +159,14 @@ func (w *world) restart() {
 }
 
 func (w *world) ctx() context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), slow(time.Minute))
 	w.t.Cleanup(cancel)
 	return ctx
 }
 
 // clear stops and removes everything.
 func (w *world) clear() {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), slow(time.Minute))
 	defer cancel()
 	inv, err := w.rt.List(ctx)
 	if err != nil {
@@ -238,13 +249,13 @@ func (w *world) start(q sdk.StartRequest) sdk.Container {
 // eventually waits until ok, or fails with what is expected.
 func (w *world) eventually(what string, ok func() bool) {
 	w.t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(slow(20 * time.Second))
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-deadline:
-			w.t.Fatalf("not within 20 s: %s", what)
+			w.t.Fatalf("not within %s: %s", slow(20*time.Second), what)
 		case <-tick.C:
 		}
 	}

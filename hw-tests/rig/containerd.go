@@ -96,7 +96,7 @@ func (c *Containerd) Restart(ctx context.Context) error {
 		return err
 	}
 	c.p = p
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	return Until(ctx, p, "containerd to listen", func() error {
 		conn, err := net.Dial("unix", c.Address)

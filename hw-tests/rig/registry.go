@@ -114,7 +114,7 @@ func (r *Registry) start(ctx context.Context, listen string) error {
 		return err
 	}
 	r.p = p
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	if err := Until(ctx, p, "the registry to listen", func() error {
 		addr, err := listeningOn(log)

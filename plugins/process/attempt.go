@@ -146,6 +146,12 @@ func (a *attempt) exit() (record.Exit, bool) {
 	return record.DecodeExit(raw)
 }
 
+// outOfMemory says whether the stage noted that memory ran out.
+func (a *attempt) outOfMemory() bool {
+	_, err := os.Stat(filepath.Join(a.dir, record.OOMFile))
+	return err == nil
+}
+
 func (a *attempt) launch() ([]record.Field, error) {
 	raw, err := record.ReadFile(filepath.Join(a.dir, record.LaunchFile))
 	if err != nil {

@@ -107,17 +107,36 @@ func TestLimitsOfTaskAndContainer(t *testing.T) {
 }
 
 func TestOutOfMemoryIsSaid(t *testing.T) {
-	r := newRig(t, process.ModeOwn)
-	req := r.request("main", "exec tail /dev/zero")
-	req.Spec.Limits.MemoryBytes = 32 << 20
-	if _, err := r.Start(t.Context(), req); sdk.KindOf(err) == sdk.Unsupported {
-		t.Skipf("no memory limit here: %v", err)
-	} else if err != nil {
-		t.Fatal(err)
-	}
-	if got := r.exited(req.Attempt); code(got) != "137" || !got.OOMKilled {
-		t.Errorf("exit is %s, OOMKilled %t; want 137, true", code(got), got.OOMKilled)
-	}
+	bothModes(t, func(r *rig) {
+		req := r.request("main", "ulimit -v 600000; exec tail /dev/zero")
+		req.Spec.Limits.MemoryBytes = 32 << 20
+		if _, err := r.Start(r.Context(), req); sdk.KindOf(err) == sdk.Unsupported {
+			r.Skipf("no memory limit here: %v", err)
+		} else if err != nil {
+			r.Fatal(err)
+		}
+		if got := r.exited(req.Attempt); code(got) != "137" || !got.OOMKilled {
+			r.Errorf("exit is %s, OOMKilled %t; want 137, true", code(got), got.OOMKilled)
+		}
+	})
+}
+
+// A child that falls to the memory limit is its program's business: what the
+// program makes of it is the exit, as in a container.
+func TestOutOfMemoryOfAChildLeavesTheProgram(t *testing.T) {
+	bothModes(t, func(r *rig) {
+		req := r.request("main", "ulimit -v 600000; tail /dev/zero; echo survived $?; exit 7")
+		req.Spec.Limits.MemoryBytes = 32 << 20
+		if _, err := r.Start(r.Context(), req); sdk.KindOf(err) == sdk.Unsupported {
+			r.Skipf("no memory limit here: %v", err)
+		} else if err != nil {
+			r.Fatal(err)
+		}
+		got := r.exited(req.Attempt)
+		if out := r.output(req); code(got) != "7" || out != "survived 137\n" {
+			r.Errorf("exit is %s after %q (OOMKilled %t, %q); want 7 after its child's 137", code(got), out, got.OOMKilled, got.Reason)
+		}
+	})
 }
 
 // The plugin's own processes must not fall to a limit that only lets one in.
@@ -169,7 +188,10 @@ func TestSystemdKeepsLimitsAsProperties(t *testing.T) {
 		t.Skip("systemd is not the init here, or not root")
 	}
 	r := newRig(t, process.ModeSystemd)
-	if err := r.PrepareTask(t.Context(), sdk.TaskSpec{ID: r.task, Limits: sdk.Limits{Pids: 77}}); err != nil {
+	if err := r.PrepareTask(t.Context(), sdk.TaskSpec{ID: r.task, Limits: sdk.Limits{Pids: 77}}); sdk.KindOf(err) == sdk.Unsupported {
+		// systemd would take the property and keep nothing: it must be refused.
+		t.Skipf("systemd has no pids controller here: %v", err)
+	} else if err != nil {
 		t.Fatal(err)
 	}
 	req := r.request("main", "exec sleep 600")

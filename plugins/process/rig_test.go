@@ -14,6 +14,7 @@ import (
 	"github.com/belay-edge/belay/plugins/process"
 	"github.com/belay-edge/belay/plugins/process/internal/record"
 	"github.com/belay-edge/belay/plugins/sdk"
+	"github.com/belay-edge/belay/plugins/sdk/sdktest"
 )
 
 // rig is one plugin in this process, and the directory its records are in.
@@ -116,12 +117,19 @@ func (r *rig) find(a sdk.Attempt) sdk.Container {
 	return inv.Containers[i]
 }
 
+// slow stretches what these tests wait for, on emulated machines.
+func slow(d time.Duration) time.Duration {
+	n, _ := strconv.Atoi(os.Getenv(sdktest.SlowEnv))
+	return d * time.Duration(max(n, 1))
+}
+
 // eventually waits until ok holds.
 func (r *rig) eventually(what string, ok func() bool) {
 	r.Helper()
-	for deadline := time.Now().Add(15 * time.Second); !ok(); {
+	patience := slow(15 * time.Second)
+	for deadline := time.Now().Add(patience); !ok(); {
 		if time.Now().After(deadline) {
-			r.Fatalf("%s: not within 15 s", what)
+			r.Fatalf("%s: not within %s", what, patience)
 		}
 		<-time.After(10 * time.Millisecond)
 	}
@@ -145,7 +153,7 @@ func (r *rig) listen() (hint func(a sdk.Attempt)) {
 	<-time.After(100 * time.Millisecond)
 	return func(a sdk.Attempt) {
 		r.Helper()
-		late := time.After(10 * time.Second)
+		late := time.After(slow(10 * time.Second))
 		for {
 			select {
 			case got := <-hints:

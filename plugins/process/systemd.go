@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -15,6 +16,7 @@ import (
 
 	sd "github.com/coreos/go-systemd/v22/dbus"
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
 
 	"github.com/belay-edge/belay/plugins/process/internal/record"
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -106,6 +108,14 @@ func property(name string, value any) sd.Property {
 
 // limitProperties translates limits for the cgroup version systemd runs on.
 func limitProperties(l sdk.Limits, v2 bool) ([]sd.Property, error) {
+	// systemd takes every limit and keeps silent about those it cannot keep.
+	for controller, wanted := range map[string]bool{"cpu": l.CPUShares > 0 || l.CPUQuota > 0, "pids": l.Pids > 0,
+		"memory": l.MemoryBytes > 0 || l.MemoryReservation > 0 || l.MemorySwap != nil} {
+		if wanted && !systemdHas(controller, v2) {
+			return nil, sdk.Errorf(sdk.Unsupported, "limit "+strings.Join(limitNames(l), ", "), "this kernel has no %s controller that systemd can use", controller).
+				WithHint("enable it (cgroup_enable=" + controller + " on the kernel's command line) or drop the limit")
+		}
+	}
 	var p []sd.Property
 	if l.CPUShares > 0 && v2 {
 		p = append(p, property("CPUWeight", weightOf(l.CPUShares)))
@@ -140,6 +150,15 @@ func limitProperties(l sdk.Limits, v2 bool) ([]sd.Property, error) {
 		p = append(p, property("MemorySwapMax", swap))
 	}
 	return p, nil
+}
+
+// systemdHas tells whether systemd can use a controller.
+func systemdHas(controller string, v2 bool) bool {
+	if v2 {
+		b, err := os.ReadFile("/sys/fs/cgroup/cgroup.controllers")
+		return err == nil && slices.Contains(strings.Fields(string(b)), controller)
+	}
+	return unix.Access("/sys/fs/cgroup/"+controller, unix.W_OK) == nil
 }
 
 func onCgroup2() bool {
@@ -190,6 +209,12 @@ func (s *systemdSupervisor) launch(ctx context.Context, a *attempt) (int, error)
 	if err != nil {
 		return 0, err
 	}
+	if s.keepsOOM(ctx) {
+		// Left alone, systemd ends the whole unit when the kernel kills any
+		// process of it for memory. What a child's end means is its program's
+		// business, as in a container.
+		limits = append(limits, property("OOMPolicy", "continue"))
+	}
 	p := append([]sd.Property{
 		sd.PropDescription("Belay task " + a.Task + " container " + a.Container + " attempt " + strconv.Itoa(a.Number)),
 		sd.PropExecStart([]string{s.stage, "stage", a.dir}, false),
@@ -203,6 +228,9 @@ func (s *systemdSupervisor) launch(ctx context.Context, a *attempt) (int, error)
 		property("StandardError", "null"),
 		property("KillMode", "control-group"),
 		property("TimeoutStopUSec", uint64(busTimeout/time.Microsecond)),
+		// systemd says that memory ran out on cgroup version 2 only, and not
+		// under that policy: it is noted while the unit still has its cgroup.
+		{Name: "ExecStopPost", Value: dbus.MakeVariant([]execCommand{{s.stage, []string{s.stage, "ended", a.dir}, true}})},
 		property("CPUAccounting", true),
 		property("MemoryAccounting", true),
 		property("TasksAccounting", true),
@@ -211,10 +239,35 @@ func (s *systemdSupervisor) launch(ctx context.Context, a *attempt) (int, error)
 	return 0, err
 }
 
+// execCommand is one command of a unit, as D-Bus has it.
+type execCommand struct {
+	Path          string
+	Args          []string
+	IgnoreFailure bool
+}
+
+// keepsOOM tells whether this systemd has an OOMPolicy: version 243 and newer.
+func (s *systemdSupervisor) keepsOOM(ctx context.Context) bool {
+	conn, err := s.bus(ctx)
+	if err != nil {
+		return false
+	}
+	v, err := conn.GetManagerProperty("Version") // quoted: "252.39-1~deb12u2"
+	if err != nil {
+		return false
+	}
+	digits, _, _ := strings.Cut(strings.Trim(v, `"`), ".")
+	digits, _, _ = strings.Cut(digits, "-")
+	digits, _, _ = strings.Cut(digits, " ")
+	n, _ := strconv.Atoi(digits)
+	return n >= 243
+}
+
 // unit is what systemd knows about one.
 type unit struct {
 	loaded   bool
 	active   string // ActiveState
+	sub      string // SubState
 	mainPID  int    // ExecMainPID: kept after the exit
 	code     int    // cldExited, ...; 0 while it runs
 	status   int
@@ -234,7 +287,7 @@ func (s *systemdSupervisor) unit(ctx context.Context, name string) (unit, error)
 		return unit{}, sdk.Errorf(sdk.Unavailable, "ask systemd about "+name, "%w", err)
 	}
 	text := func(k string) string { v, _ := p[k].(string); return v }
-	u := unit{loaded: text("LoadState") == "loaded", active: text("ActiveState"), result: text("Result")}
+	u := unit{loaded: text("LoadState") == "loaded", active: text("ActiveState"), sub: text("SubState"), result: text("Result")}
 	if v, ok := p["ExecMainPID"].(uint32); ok {
 		u.mainPID = int(v)
 	}
@@ -271,15 +324,21 @@ func (s *systemdSupervisor) ended(ctx context.Context, a *attempt) (record.Exit,
 	case !u.reported:
 		return record.Exit{}, false, nil // systemd has not got to it yet
 	}
+	if u.sub == "stop-post" {
+		return record.Exit{}, false, nil // the stage notes how the program ended
+	}
 	// A unit that remains after its exit keeps the processes its program left.
 	if err := s.kill(ctx, a); err != nil {
 		return record.Exit{}, false, err
+	}
+	if u.active == "deactivating" {
+		return record.Exit{}, false, nil // stop-post comes next
 	}
 	e := record.Exit{Code: u.status}
 	if u.code == cldKilled || u.code == cldDumped {
 		e.Code = 128 + u.status
 		e.Reason = "killed by signal " + strconv.Itoa(u.status)
-		if u.result == "oom-kill" {
+		if u.result == "oom-kill" || u.status == int(syscall.SIGKILL) && a.outOfMemory() {
 			e.OOM, e.Reason = true, "killed by the kernel: out of memory"
 		}
 	} else if u.code != cldExited {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -44,9 +45,13 @@ type RuntimeOptions struct {
 	MissingProgram sdk.ErrorKind
 	// HangUp is how often the plugin is killed at random moments of Start; 0: 10.
 	HangUp int
-	// Slow stretches the suite's patience; 0: 1.
+	// Slow stretches the suite's patience; 0: what SlowEnv says, or 1.
 	Slow int
 }
+
+// SlowEnv names the environment variable that stretches the suite's patience
+// by a whole number, on emulated and very small machines.
+const SlowEnv = "BELAY_TEST_SLOW"
 
 // Runtime runs the conformance suite as subtests of t, one after the other.
 func Runtime(t *testing.T, o RuntimeOptions) {
@@ -115,6 +120,9 @@ func newRig(t *testing.T, o RuntimeOptions) *rig {
 	t.Helper()
 	if o.HangUp == 0 {
 		o.HangUp = 10
+	}
+	if o.Slow == 0 {
+		o.Slow, _ = strconv.Atoi(os.Getenv(SlowEnv))
 	}
 	o.Slow = max(o.Slow, 1)
 	if o.MissingProgram == "" {

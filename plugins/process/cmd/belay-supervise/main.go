@@ -5,6 +5,8 @@
 //	                           wait, record how it ended, kill what it left
 //	belay-supervise stage DIR  become the program: record pid and start time,
 //	                           set up limits, user and output, then execve
+//	belay-supervise ended DIR  note, in the cgroup of the attempt in DIR, whether
+//	                           the kernel killed a process of it for memory
 //	belay-supervise exec       become the command whose launch file is on
 //	                           descriptor 3
 //
@@ -54,10 +56,12 @@ func run(args []string) int {
 		return supervise(args[2])
 	case len(args) == 3 && args[1] == "stage":
 		return stage(args[2])
+	case len(args) == 3 && args[1] == "ended":
+		return ended(args[2])
 	case len(args) == 2 && args[1] == "exec":
 		return execCommand()
 	}
-	complain("usage: belay-supervise run DIR | stage DIR | exec; started by belay's process plugin")
+	complain("usage: belay-supervise run DIR | stage DIR | ended DIR | exec; started by belay's process plugin")
 	return exitUsage
 }
 

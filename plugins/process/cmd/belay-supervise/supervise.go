@@ -2,6 +2,7 @@ package main
 
 import (
 	"strconv"
+	"strings"
 	"syscall"
 	"unsafe"
 
@@ -122,6 +123,33 @@ func exitOf(ws syscall.WaitStatus, fields []record.Field) record.Exit {
 		}
 	}
 	return e
+}
+
+// ended leaves a file when memory ran out in the cgroup that this process
+// shares with the attempt in dir.
+func ended(dir string) int {
+	b, err := record.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return exitSetup
+	}
+	var kills uint64
+	for line := range strings.SplitSeq(string(b), "\n") { // id:controllers:path
+		f := strings.SplitN(line, ":", 3)
+		switch {
+		case len(f) < 3:
+		case f[1] == "memory":
+			kills += record.OOMKills("/sys/fs/cgroup/memory" + f[2] + "/memory.oom_control")
+		case f[1] == "":
+			kills += record.OOMKills("/sys/fs/cgroup" + f[2] + "/memory.events")
+		}
+	}
+	if kills == 0 {
+		return 0
+	}
+	if err := record.WriteFile(dir, record.OOMFile, nil); err != nil {
+		return exitSetup
+	}
+	return 0
 }
 
 // writeExit says whether the exit is on record or there is no place for it.

@@ -25,6 +25,7 @@ const (
 	StartedFile = "started"
 	FailedFile  = "failed"
 	ExitFile    = "exit"
+	OOMFile     = "oom" // there: the kernel killed a process of the attempt for memory
 )
 
 // Keys of a launch file.
