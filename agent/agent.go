@@ -88,9 +88,9 @@ type Agent struct {
 	running  map[string]int                // calls under way, by sort
 	names    map[string]bool               // calls under way, for shutdown
 	up       bool
-	broken   string            // the journal's last logged error
-	refused  string            // the same of an assignment
-	unlisted map[string]string // per runtime, the last logged error of List
+	broken   string              // the journal's last logged error
+	refused  string              // the same of an assignment
+	unlisted map[string]unlisted // by runtime
 }
 
 // New makes an agent of what was saved; Run starts it.
@@ -107,7 +107,7 @@ func New(cfg Config) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, done: make(chan struct{}), inbox: newInbox(),
 		calls: map[string]context.CancelFunc{}, running: map[string]int{}, names: map[string]bool{},
-		unlisted: map[string]string{},
+		unlisted: map[string]unlisted{},
 	}
 	a.hands = &hands{
 		runtimes: cfg.Runtimes, outputs: cfg.Outputs, volumes: cfg.Volumes,
@@ -412,16 +412,8 @@ func (a *Agent) logResult(r result) {
 	if r.Attempt.Container != "" {
 		attrs = append(attrs, "container", r.Attempt.Container, "attempt", r.Attempt.Number)
 	}
-	if r.Verb == callList {
-		// Asked again and again while a runtime is away: said once.
-		said := a.unlisted[r.Runtime]
-		if r.err == nil {
-			delete(a.unlisted, r.Runtime)
-			return
-		}
-		if a.unlisted[r.Runtime] = r.err.Error(); said == r.err.Error() {
-			return
-		}
+	if r.Verb == callList && !a.worthSaying(r) {
+		return
 	}
 	switch {
 	case r.err != nil && sdk.KindOf(r.err) != sdk.Canceled:
@@ -430,4 +422,34 @@ func (a *Agent) logResult(r result) {
 	default:
 		a.cfg.Logger.Debug("call done", attrs...)
 	}
+}
+
+// silence is how long a runtime may be away before that is worth a line: a
+// plugin that starts or is relaunched takes less.
+const silence = 3 * time.Second
+
+// unlisted is a runtime that cannot be listed.
+type unlisted struct {
+	since time.Duration
+	said  string // the last error logged
+}
+
+// worthSaying keeps the log short while a runtime is away and asked again and
+// again: each error once, and none that passes by itself.
+func (a *Agent) worthSaying(r result) bool {
+	if r.err == nil {
+		delete(a.unlisted, r.Runtime)
+		return false
+	}
+	now := a.cfg.Clock.Now()
+	u, known := a.unlisted[r.Runtime]
+	if !known {
+		u.since = now
+	}
+	say := now-u.since >= silence && u.said != r.err.Error()
+	if say {
+		u.said = r.err.Error()
+	}
+	a.unlisted[r.Runtime] = u
+	return say
 }

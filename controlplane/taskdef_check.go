@@ -47,6 +47,9 @@ func (c *taskDefinitionCheck) check() {
 		c.problem("belay.runtime", "is %s; it must be the name of a runtime plugin: lower-case letters, digits and hyphens", quote(td.Belay.Runtime))
 	}
 	c.oneOf("pidMode", td.PIDMode, "host", "task")
+	if td.PIDMode == "task" && td.RuntimeName() != RuntimeProcess {
+		c.warn("pidMode", `kept, but "task" has no effect yet: each container has a process namespace of its own`)
+	}
 	c.oneOf("ipcMode", td.IPCMode, "host", "task", "none")
 	c.network()
 	c.platform()

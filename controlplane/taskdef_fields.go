@@ -92,7 +92,8 @@ func taskFields() []FieldRule {
 	return slices.Concat(
 		honoured("", "family", "containerDefinitions", "cpu", "memory"),
 		honoured("bridge (the default), host and none; awsvpc is refused, a device has no VPC", "networkMode"),
-		honoured("", "pidMode", "ipcMode"),
+		honoured("host; task is kept with a warning, each container has a process namespace of its own", "pidMode"),
+		honoured("", "ipcMode"),
 		honoured("", "runtimePlatform", "runtimePlatform.cpuArchitecture"),
 		honoured("LINUX; Windows families are refused", "runtimePlatform.operatingSystemFamily"),
 		honoured("checked; a definition runs on enrolled devices whatever it lists, and FARGATE or MANAGED_INSTANCES alone is warned about", "requiresCompatibilities"),

@@ -1,6 +1,8 @@
 package controlplane
 
 import (
+	"strings"
+
 	"maps"
 	"slices"
 
@@ -96,7 +98,7 @@ func (td *TaskDefinition) Spec() *wire.TaskSpec {
 		Family:    td.Family,
 		Runtime:   td.RuntimeName(),
 		Network:   td.Network(),
-		PidMode:   td.PIDMode,
+		PidMode:   strings.TrimPrefix(td.PIDMode, "task"), // warned about: see check
 		IpcMode:   td.IPCMode,
 		Cpu:       uint64(td.CPU),
 		MemoryMib: uint64(td.Memory),

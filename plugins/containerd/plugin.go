@@ -67,6 +67,8 @@ type Runtime struct {
 	tasks    keyedMutex
 	attempts map[string]sdk.Attempt // by container id, for events; guarded by mu
 
+	bridgeless sync.Once // said that there is no bridge network; Info is asked again and again
+
 	mu          sync.Mutex
 	snapshotter string // chosen, once known
 }
@@ -136,7 +138,7 @@ func (r *Runtime) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
 	if err := r.bridge.usable(); err == nil {
 		i.Networks = append(i.Networks, sdk.NetworkBridge)
 	} else {
-		r.log.Warn("no bridge network", "reason", err)
+		r.bridgeless.Do(func() { r.log.Warn("no bridge network", "reason", err) })
 	}
 	i.Networks = append(i.Networks, sdk.NetworkHost, sdk.NetworkNone)
 	return i, nil

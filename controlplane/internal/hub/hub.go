@@ -20,20 +20,21 @@ import (
 
 // Limits. Each bounds what one peer can take from the others.
 const (
-	maxPending   = 4096 // sessions that have not registered yet
-	maxOpening   = 16   // streams until one is the control stream
-	helloTimeout = 10 * time.Second
-	callTimeout  = 30 * time.Second // one call into the domain
-	writeTimeout = 30 * time.Second // one frame to a slow device
-	lastWords    = time.Second      // to deliver a Goodbye
-	stopTimeout  = 5 * time.Second  // to end every session at shutdown
-	outFrames    = 64               // queued to one device
-	inStatuses   = 8                // queued from one device, before flow control stops it
-	maxLate      = 1024             // tasks whose status waits for the store
-	maxRequests  = 32               // open to one device
-	chunkTimeout = 30 * time.Second // between two frames of an answer
-	overloadHint = 5 * time.Second  // RetryAfter when pending is full
-	shutdownHint = 500 * time.Millisecond
+	maxPending    = 4096 // sessions that have not registered yet
+	maxOpening    = 16   // streams until one is the control stream
+	helloTimeout  = 10 * time.Second
+	callTimeout   = 30 * time.Second // one call into the domain
+	writeTimeout  = 30 * time.Second // one frame to a slow device
+	lastWords     = time.Second      // to deliver a Goodbye
+	stopTimeout   = 5 * time.Second  // to end every session at shutdown
+	outFrames     = 64               // queued to one device
+	inStatuses    = 8                // queued from one device, before flow control stops it
+	maxLate       = 1024             // tasks whose status waits for the store
+	maxRequests   = 32               // open to one device
+	answerTimeout = 10 * time.Second // to an answer's first frame: less than callers wait
+	chunkTimeout  = 30 * time.Second // between two frames of an answer
+	overloadHint  = 5 * time.Second  // RetryAfter when pending is full
+	shutdownHint  = 500 * time.Millisecond
 )
 
 // Acceptor yields sessions of agents: *carrier.Listener.

@@ -68,8 +68,8 @@ func (s *session) ask(ctx context.Context, q *wire.Request, chunk func(*wire.Chu
 	if _, err := stream.Write(b); err != nil {
 		return s.broken(err)
 	}
-	for {
-		_ = stream.SetReadDeadline(time.Now().Add(chunkTimeout))
+	for patience := answerTimeout; ; patience = chunkTimeout {
+		_ = stream.SetReadDeadline(time.Now().Add(patience))
 		if err := ctx.Err(); err != nil {
 			return err
 		}
