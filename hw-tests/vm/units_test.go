@@ -257,7 +257,8 @@ func TestAfter(t *testing.T) {
 	for runtime, was := range tasks {
 		t.Run(runtime, func(t *testing.T) {
 			now := await(t, was.ID, "the task runs again", slow(time.Minute), func(t rig.Task) bool {
-				return t.LastStatus == "RUNNING" && t.Container("main").Attempt > 1
+				c := t.Container("main")
+				return t.LastStatus == "RUNNING" && c.LastStatus == "RUNNING" && c.Attempt > 1 && c.PID > 0
 			})
 			c := now.Container("main")
 			t.Logf("attempt %d as process %d", c.Attempt, c.PID)
