@@ -60,47 +60,7 @@ func BenchmarkFoundation(b *testing.B) {
 		fmt.Printf("  %-22s %7d  (budget with four plugins: 28672)\n", "together", total)
 		fmt.Printf("  %-22s %7d\n", "belay-control", pss(b, s.Control.PID()))
 
-		const runs = 20
-		var ours, theirs []time.Duration
-		doc := s.document(b, "bench", container{"name": "c", "script": "exec sleep 600", "stopTimeout": 2})
-		ctx := deadline(b, 10*time.Minute)
-		if _, err := s.cli.Pipe(ctx, []byte(doc), "taskdef", "register", "-f", "-"); err != nil {
-			b.Fatal(err)
-		}
-		warm := s.run(b, "bench-warm", container{"name": "c", "script": "exec sleep 600", "stopTimeout": 2})
-		stop(b, s, warm.ID)
-		h := host(b)
-		image := h.image("shell")
-		ctr := func(args ...string) *exec.Cmd {
-			return exec.CommandContext(ctx, "ctr", append([]string{"--address", h.containerd.Address, "--namespace", "bench"}, args...)...)
-		}
-		if out, err := ctr("images", "pull", "--plain-http", image).CombinedOutput(); err != nil {
-			b.Fatalf("%v: %s", err, out)
-		}
-		api, err := s.Control.API()
-		if err != nil {
-			b.Fatal(err)
-		}
-		for i := range runs {
-			start := time.Now()
-			id := apiRun(b, ctx, api, "bench")
-			ours = append(ours, time.Since(start))
-			stop(b, s, id)
-
-			name := fmt.Sprintf("bench-%d", i)
-			start = time.Now()
-			if out, err := ctr("run", "--detach", image, name, "/bin/sleep", "600").CombinedOutput(); err != nil {
-				b.Fatalf("%v: %s", err, out)
-			}
-			theirs = append(theirs, time.Since(start))
-			_ = ctr("tasks", "kill", "-s", "KILL", name).Run()
-			_ = ctr("tasks", "delete", "-f", name).Run()
-			_ = ctr("containers", "delete", name).Run()
-		}
-		fmt.Printf("\nAPI call to RUNNING, %d runs each, one machine\n", runs)
-		fmt.Printf("  %-22s p50 %-8s p99 %s\n", "belay", quantile(ours, .5).Round(time.Millisecond), quantile(ours, .99).Round(time.Millisecond))
-		fmt.Printf("  %-22s p50 %-8s p99 %s\n", "ctr run --detach", quantile(theirs, .5).Round(time.Millisecond), quantile(theirs, .99).Round(time.Millisecond))
-		fmt.Printf("  %-22s p50 %.2f     p99 %.2f\n", "ratio", float64(quantile(ours, .5))/float64(quantile(theirs, .5)), float64(quantile(ours, .99))/float64(quantile(theirs, .99)))
+		latency(b, s)
 
 		fmt.Println("\nbinary sizes, MiB")
 		for _, name := range []string{"belay-agent", "belay-plugins", "belay-supervise", "belay-control", "belay"} {
@@ -109,6 +69,58 @@ func BenchmarkFoundation(b *testing.B) {
 			}
 		}
 		fmt.Println()
+	}
+}
+
+// latency times an API call to a RUNNING container, on the bridge and without
+// a network, beside ctr run of the same image, which makes no network either.
+func latency(b *testing.B, s *site) {
+	const runs = 20
+	ctx := deadline(b, 10*time.Minute)
+	sleep := container{"name": "c", "script": "exec sleep 600", "stopTimeout": 2}
+	networks := []string{"bridge", "none"}
+	for _, network := range networks {
+		doc := strings.Replace(s.document(b, "bench-"+network, sleep), "{", fmt.Sprintf(`{"networkMode":%q,`, network), 1)
+		if _, err := s.cli.Pipe(ctx, []byte(doc), "taskdef", "register", "-f", "-"); err != nil {
+			b.Fatal(err)
+		}
+	}
+	h := host(b)
+	image := h.image("shell")
+	ctr := func(args ...string) *exec.Cmd {
+		return exec.CommandContext(ctx, "ctr", append([]string{"--address", h.containerd.Address, "--namespace", "bench"}, args...)...)
+	}
+	if out, err := ctr("images", "pull", "--plain-http", image).CombinedOutput(); err != nil {
+		b.Fatalf("%v: %s", err, out)
+	}
+	api, err := s.Control.API()
+	if err != nil {
+		b.Fatal(err)
+	}
+	stop(b, s, apiRun(b, ctx, api, "bench-none")) // the image is there from now on
+	took := map[string][]time.Duration{}
+	for i := range runs {
+		for _, network := range networks {
+			begun := time.Now()
+			id := apiRun(b, ctx, api, "bench-"+network)
+			took[network] = append(took[network], time.Since(begun))
+			stop(b, s, id)
+		}
+		name := fmt.Sprintf("bench-%d", i)
+		begun := time.Now()
+		if out, err := ctr("run", "--detach", "--seccomp", image, name, "/bin/sleep", "600").CombinedOutput(); err != nil {
+			b.Fatalf("%v: %s", err, out)
+		}
+		took["ctr"] = append(took["ctr"], time.Since(begun))
+		_ = ctr("tasks", "kill", "-s", "KILL", name).Run()
+		_ = ctr("tasks", "delete", "-f", name).Run()
+		_ = ctr("containers", "delete", name).Run()
+	}
+	fmt.Printf("\nAPI call to RUNNING, %d runs each, in turn\n", runs)
+	base := quantile(took["ctr"], .5)
+	for _, row := range []struct{ name, key string }{{"ctr run --detach", "ctr"}, {"belay, no network", "none"}, {"belay, bridge", "bridge"}} {
+		p50, p99 := quantile(took[row.key], .5), quantile(took[row.key], .99)
+		fmt.Printf("  %-22s p50 %-8s p99 %-8s p50 is %.2f of ctr's\n", row.name, p50.Round(time.Millisecond), p99.Round(time.Millisecond), float64(p50)/float64(base))
 	}
 }
 
