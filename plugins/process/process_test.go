@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -252,12 +253,12 @@ func TestProgramFindsACleanPlace(t *testing.T) {
 		req.Spec.SecurityOptions = []string{"no-new-privileges"}
 		r.start(req)
 		r.exited(req.Attempt)
-		home := "HOME=/root\n"
-		if os.Geteuid() != 0 {
-			home = "HOME=/nonexistent\n"
+		me, err := user.LookupId(strconv.Itoa(os.Geteuid()))
+		if err != nil {
+			r.Fatal(err)
 		}
 		want := "0022\n/\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n/dev/null\n" + req.Stdout + "\n" + req.Stderr + "\n" +
-			"A=1\nB=3\n" + home + "PATH=/bin\n100\nNoNewPrivs:\t1\n"
+			"A=1\nB=3\nHOME=" + me.HomeDir + "\nPATH=/bin\n100\nNoNewPrivs:\t1\n"
 		if diff := cmp.Diff(want, r.output(req)); diff != "" {
 			r.Errorf("-want +got\n%s", diff)
 		}

@@ -58,9 +58,9 @@ func pretend(name string) {
 		}
 	case name == "version99":
 		fmt.Println("1|99|unix|/nowhere|grpc|")
-		select {}
+		hang()
 	case name == "hangs":
-		<-make(chan int)
+		hang()
 	case name == "stops":
 		p.OnConfigure = func(sdk.Config) error {
 			time.AfterFunc(50*time.Millisecond, func() { _ = syscall.Kill(os.Getpid(), syscall.SIGSTOP) })
@@ -443,5 +443,13 @@ func TestSettledAfterEveryPluginWasUpOrFailedOnce(t *testing.T) {
 	}
 	if s := h.Status(); len(s) != 1 || s[0].State != Failed {
 		t.Errorf("settled with %+v", s)
+	}
+}
+
+// hang never returns. An empty select would be found out by the Go runtime
+// where nothing else can run, as in a build without cgo.
+func hang() {
+	for {
+		time.Sleep(time.Hour)
 	}
 }

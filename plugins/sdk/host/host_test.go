@@ -48,10 +48,10 @@ func pretend(mode string) {
 		os.Exit(3)
 	case "version99":
 		fmt.Println("1|99|unix|/nowhere|grpc|")
-		select {}
+		hang()
 	case "babbles":
 		fmt.Println("Hello, world!")
-		select {}
+		hang()
 	case "mute":
 		ch := make(chan os.Signal, 1)
 		signal.Notify(ch, syscall.SIGTERM)
@@ -59,7 +59,7 @@ func pretend(mode string) {
 		}
 	case "liar":
 		fmt.Println("1|1|unix|/nowhere/at/all|grpc|")
-		select {}
+		hang()
 	case "misconfigured":
 		p.OnConfigure = func(sdk.Config) error {
 			return sdk.Errorf(sdk.Invalid, "read the configuration", "color: want red or blue").WithHint("see plugins.d/good.toml")
@@ -67,7 +67,7 @@ func pretend(mode string) {
 	case "dies-in-configure":
 		p.OnConfigure = func(sdk.Config) error { fmt.Fprintln(os.Stderr, "aaargh"); os.Exit(9); return nil }
 	case "hangs-in-configure":
-		p.OnConfigure = func(sdk.Config) error { select {} }
+		p.OnConfigure = func(sdk.Config) error { hang(); return nil }
 	case "prints":
 		p.OnConfigure = func(c sdk.Config) error {
 			fmt.Println("stray output")
@@ -99,7 +99,7 @@ func pretend(mode string) {
 	case "hangs":
 		mem.FailWith(func(op string) error {
 			if op == "list" {
-				select {}
+				hang()
 			}
 			return nil
 		})
@@ -561,4 +561,12 @@ func (s *syncBuffer) String() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.b.String()
+}
+
+// hang never returns. An empty select would be found out by the Go runtime
+// where nothing else can run, as in a build without cgo.
+func hang() {
+	for {
+		time.Sleep(time.Hour)
+	}
 }
