@@ -191,6 +191,9 @@ type ContainerSpec struct {
 	Ports            []PortMapping // bridge network only
 	Ulimits          []Ulimit
 	Devices          []HostDevice
+	CDIDevices       []string // injected after everything else; fully qualified names
+	Hooks            []Hook
+	AdditionalGIDs   []uint32 // groups of the first process, beside the image's
 	CapabilitiesAdd  []string // "NET_ADMIN" or "ALL", without CAP_
 	CapabilitiesDrop []string
 	Privileged       bool

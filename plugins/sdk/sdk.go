@@ -13,15 +13,25 @@ import (
 	"encoding/json"
 )
 
-// ProtocolVersion is the version of the plugin protocol spoken by this module.
-const ProtocolVersion = 1
+// The plugin protocol: a host and a plugin of this module speak every version
+// from OldestProtocolVersion to ProtocolVersion and agree on the newest that
+// both know. What an older one cannot say is refused, never left out.
+//
+//   - 1: the foundation, runtimes only.
+//   - 2 (2026-11): kind device; containers take CDI devices, hooks and
+//     additional groups; a plugin describes its configuration.
+const (
+	ProtocolVersion       = 2
+	OldestProtocolVersion = 1
+)
 
 // Kind says what a plugin can do. A plugin may be several kinds at once.
 type Kind string
 
-// The kinds of protocol version 1.
+// The kinds.
 const (
-	KindRuntime Kind = "runtime"
+	KindRuntime Kind = "runtime" // implements RuntimePlugin
+	KindDevice  Kind = "device"  // implements DevicePlugin; since version 2
 )
 
 // Info names a plugin.
@@ -37,7 +47,8 @@ type Config struct {
 	StateDir string
 	// RunDir is the plugin's own directory, emptied by a reboot. It exists, mode 0700.
 	RunDir string
-	// JSON is the plugin's own configuration table, or nil when none was given.
+	// JSON is the plugin's own configuration table, or nil when none was
+	// given. DecodeConfig reads it.
 	JSON json.RawMessage
 }
 

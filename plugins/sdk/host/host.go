@@ -24,7 +24,7 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
 	"github.com/belay-edge/belay/plugins/sdk/internal/handshake"
-	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
+	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
 
 // Options say what to launch and how.
@@ -53,7 +53,11 @@ type Options struct {
 
 // Plugin is a running, configured plugin process.
 type Plugin struct {
-	info   sdk.Info
+	info         sdk.Info
+	version      int // of the protocol
+	options      []sdk.Option
+	optionsKnown bool
+
 	opts   Options
 	proc   *process
 	stderr *stderrLog
@@ -68,6 +72,12 @@ type Plugin struct {
 
 // Info is what the plugin said about itself.
 func (p *Plugin) Info() sdk.Info { return p.info }
+
+// ProtocolVersion is the one both sides agreed on.
+func (p *Plugin) ProtocolVersion() int { return p.version }
+
+// Options are what its configuration may hold; false when it does not say.
+func (p *Plugin) Options() ([]sdk.Option, bool) { return p.options, p.optionsKnown }
 
 // PID of the process.
 func (p *Plugin) PID() int { return p.proc.pid() }
@@ -126,7 +136,15 @@ func (p *Plugin) Runtime() (sdk.Runtime, bool) {
 	if !slices.Contains(p.info.Kinds, sdk.KindRuntime) {
 		return nil, false
 	}
-	return &runtimeClient{p: p, rpc: pluginpb.NewRuntimeClient(p.conn)}, true
+	return newRuntimeClient(p), true
+}
+
+// Devices gives the plugin's devices; false when it has none.
+func (p *Plugin) Devices() (sdk.Devices, bool) {
+	if p.version < 2 || !slices.Contains(p.info.Kinds, sdk.KindDevice) {
+		return nil, false
+	}
+	return &deviceClient{p: p, rpc: pluginv2.NewDeviceClient(p.conn)}, true
 }
 
 // Close asks the plugin to end, kills it when it does not in time or when ctx

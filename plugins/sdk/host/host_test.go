@@ -43,6 +43,12 @@ func pretend(mode string) {
 	p := &sdktest.MemoryPlugin{Name: "good", Memory: mem}
 	switch mode {
 	case "good":
+	case "protocol1":
+		servePluginOfVersion1(mem)
+		return
+	case "devices":
+		serve.Main(&devicePlugin{})
+		return
 	case "exits":
 		fmt.Fprintln(os.Stderr, "cannot find the flux capacitor")
 		os.Exit(3)
@@ -222,7 +228,7 @@ func TestLaunchSaysWhatIsWrong(t *testing.T) {
 		{"a script for nobody", "", file("script", "#!/no/such/interpreter\n", 0o755), host.ErrNotPlugin, sdk.Invalid, []string{"/no/such/interpreter"}},
 		{"some other program", "", "/bin/true", host.ErrExited, sdk.Unavailable, []string{"exit status 0"}},
 		{"exits at once", "exits", "", host.ErrExited, sdk.Unavailable, []string{"exit status 3", "flux capacitor"}},
-		{"another version", "version99", "", host.ErrVersion, sdk.Invalid, []string{"99", "speaks 1"}},
+		{"another version", "version99", "", host.ErrVersion, sdk.Invalid, []string{"99", "speaks 1 to 2"}},
 		{"a program that talks", "babbles", "", host.ErrNotPlugin, sdk.Invalid, []string{"Hello, world!"}},
 		{"no handshake", "mute", "", host.ErrTimeout, sdk.Deadline, []string{"500ms"}},
 		{"a socket that is not there", "liar", "", nil, sdk.Unavailable, []string{"nowhere"}},

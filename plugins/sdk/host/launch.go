@@ -23,6 +23,7 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
 	"github.com/belay-edge/belay/plugins/sdk/internal/handshake"
 	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
+	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
 
 // Launch starts the executable, checks what it is and configures it. When it
@@ -117,7 +118,7 @@ func (p *Plugin) connect(ctx context.Context) error {
 	dispensed := &connection{}
 	p.client = goplugin.NewClient(&goplugin.ClientConfig{
 		HandshakeConfig:  goplugin.HandshakeConfig{MagicCookieKey: handshake.CookieKey, MagicCookieValue: handshake.CookieValue},
-		VersionedPlugins: map[int]goplugin.PluginSet{sdk.ProtocolVersion: {"belay": dispensed}},
+		VersionedPlugins: versions(dispensed),
 		AllowedProtocols: []goplugin.Protocol{goplugin.ProtocolGRPC},
 		RunnerFunc: func(_ hclog.Logger, cmd *exec.Cmd, _ string) (runner.Runner, error) {
 			// Our directory instead of the one go-plugin makes in it: paths
@@ -153,7 +154,7 @@ func (p *Plugin) connect(ctx context.Context) error {
 		}
 	}
 	if err == nil {
-		p.conn = dispensed.conn
+		p.conn, p.version = dispensed.conn, p.client.NegotiatedVersion()
 		return nil
 	}
 	if p.proc.pid() == 0 {
@@ -183,9 +184,9 @@ func (p *Plugin) explainStart(err, ctxErr error) error {
 	path, line := p.opts.Path, p.proc.firstLine()
 	version, isHandshake := handshake.ParseVersion(line)
 	switch {
-	case isHandshake && version != sdk.ProtocolVersion:
+	case isHandshake && (version < sdk.OldestProtocolVersion || version > sdk.ProtocolVersion):
 		return failed(sdk.Invalid, ErrVersion, path, "install a plugin and an agent of versions that fit",
-			"the plugin speaks plugin protocol %d, this agent speaks %d", version, sdk.ProtocolVersion)
+			"the plugin speaks plugin protocol %d, this agent speaks %d to %d", version, sdk.OldestProtocolVersion, sdk.ProtocolVersion)
 	case isHandshake:
 		return failed(sdk.Unavailable, err, path, "", "no connection to the plugin's socket: %v", err)
 	case line != "":
@@ -208,16 +209,46 @@ func (p *Plugin) said() string {
 	return "; its last words: " + strings.Join(lines, " / ")
 }
 
-// introduce asks who it is and configures it.
+// versions are those the host speaks; the connection is the same for all.
+func versions(c *connection) map[int]goplugin.PluginSet {
+	m := map[int]goplugin.PluginSet{}
+	for v := sdk.OldestProtocolVersion; v <= sdk.ProtocolVersion; v++ {
+		m[v] = goplugin.PluginSet{"belay": c}
+	}
+	return m
+}
+
+// describe asks who it is.
+func (p *Plugin) describe(ctx context.Context) error {
+	if p.version == 1 {
+		d, err := pluginpb.NewPluginClient(p.conn).Describe(ctx, &pluginpb.DescribeRequest{})
+		p.info = bridge.FromInfo(d)
+		return err
+	}
+	m, err := pluginv2.NewPluginClient(p.conn).Describe(ctx, &pluginpb.DescribeRequest{})
+	d := bridge.FromDescription(m)
+	p.info, p.optionsKnown, p.options = d.Info, d.OptionsKnown, d.Options
+	return err
+}
+
+func (p *Plugin) configure(ctx context.Context) error {
+	m := bridge.ToConfig(p.opts.Config)
+	var err error
+	if p.version == 1 {
+		_, err = pluginpb.NewPluginClient(p.conn).Configure(ctx, m)
+	} else {
+		_, err = pluginv2.NewPluginClient(p.conn).Configure(ctx, m)
+	}
+	return err
+}
+
+// introduce asks who it is, checks its configuration and hands it over.
 func (p *Plugin) introduce(ctx context.Context) error {
-	c := pluginpb.NewPluginClient(p.conn)
 	cctx, done := p.call(ctx)
 	defer done()
-	d, err := c.Describe(cctx, &pluginpb.DescribeRequest{})
-	if err != nil {
+	if err := p.describe(cctx); err != nil {
 		return p.explainCall(ctx, "describe", err)
 	}
-	p.info = bridge.FromInfo(d)
 	if want := p.opts.Name; want != "" && p.info.Name != want {
 		return failed(sdk.Invalid, ErrName, p.opts.Path, fmt.Sprintf("rename the file to %q", p.info.Name),
 			"the file is called %q, the plugin in it %q: they must be the same", want, p.info.Name)
@@ -225,7 +256,12 @@ func (p *Plugin) introduce(ctx context.Context) error {
 	if !handshake.ValidName(p.info.Name) {
 		return failed(sdk.Invalid, ErrName, p.opts.Path, "", "the plugin calls itself %q: want 1 to 63 of a-z, 0-9 and -", p.info.Name)
 	}
-	if _, err := c.Configure(cctx, bridge.ToConfig(p.opts.Config)); err != nil {
+	if p.optionsKnown {
+		if err := sdk.CheckConfig(p.options, p.opts.Config.JSON); err != nil {
+			return failed(sdk.Invalid, err, p.opts.Path, "correct the plugin's configuration", "%v", err)
+		}
+	}
+	if err := p.configure(cctx); err != nil {
 		return p.explainCall(ctx, "configure", err)
 	}
 	return nil

@@ -6,15 +6,50 @@ import (
 	"io"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
 	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
+	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
 
 // runtimeClient is the sdk.Runtime of one plugin process.
 type runtimeClient struct {
-	p   *Plugin
-	rpc pluginpb.RuntimeClient
+	p     *Plugin
+	rpc   runtimeRPC
+	start func(context.Context, sdk.StartRequest) (*pluginpb.StartResponse, error)
+}
+
+// runtimeRPC are the calls that every version of the protocol carries alike.
+type runtimeRPC interface {
+	Info(context.Context, *pluginpb.InfoRequest, ...grpc.CallOption) (*pluginpb.InfoResponse, error)
+	PrepareTask(context.Context, *pluginpb.PrepareTaskRequest, ...grpc.CallOption) (*pluginpb.PrepareTaskResponse, error)
+	RemoveTask(context.Context, *pluginpb.RemoveTaskRequest, ...grpc.CallOption) (*pluginpb.RemoveTaskResponse, error)
+	Pull(context.Context, *pluginpb.PullRequest, ...grpc.CallOption) (grpc.ServerStreamingClient[pluginpb.PullUpdate], error)
+	Stop(context.Context, *pluginpb.StopRequest, ...grpc.CallOption) (*pluginpb.StopResponse, error)
+	Remove(context.Context, *pluginpb.RemoveRequest, ...grpc.CallOption) (*pluginpb.RemoveResponse, error)
+	List(context.Context, *pluginpb.ListRequest, ...grpc.CallOption) (*pluginpb.ListResponse, error)
+	Events(context.Context, *pluginpb.EventsRequest, ...grpc.CallOption) (grpc.ServerStreamingClient[pluginpb.Event], error)
+	Stats(context.Context, *pluginpb.StatsRequest, ...grpc.CallOption) (*pluginpb.StatsResponse, error)
+	Exec(context.Context, *pluginpb.ExecRequest, ...grpc.CallOption) (*pluginpb.ExecResponse, error)
+}
+
+func newRuntimeClient(p *Plugin) *runtimeClient {
+	if p.version == 1 {
+		v1 := pluginpb.NewRuntimeClient(p.conn)
+		return &runtimeClient{p: p, rpc: v1, start: func(ctx context.Context, r sdk.StartRequest) (*pluginpb.StartResponse, error) {
+			m, err := bridge.ToStartV1(r)
+			if err != nil {
+				return nil, err
+			}
+			return v1.Start(ctx, m)
+		}}
+	}
+	v2 := pluginv2.NewRuntimeClient(p.conn)
+	return &runtimeClient{p: p, rpc: v2, start: func(ctx context.Context, r sdk.StartRequest) (*pluginpb.StartResponse, error) {
+		return v2.Start(ctx, bridge.ToStart(r))
+	}}
 }
 
 var _ sdk.Runtime = (*runtimeClient)(nil)
@@ -82,7 +117,11 @@ func (c *runtimeClient) Pull(ctx context.Context, r sdk.PullRequest, progress fu
 func (c *runtimeClient) Start(ctx context.Context, r sdk.StartRequest) (sdk.Container, error) {
 	cctx, done := c.p.call(ctx)
 	defer done()
-	a, err := c.rpc.Start(cctx, bridge.ToStart(r))
+	a, err := c.start(cctx, r)
+	var unsaid *sdk.Error // the plugin's own errors are gRPC statuses still
+	if errors.As(err, &unsaid) {
+		return sdk.Container{}, unsaid
+	}
 	if err != nil {
 		return sdk.Container{}, c.p.explain(ctx, c.op("start "+r.Attempt.String()), err)
 	}

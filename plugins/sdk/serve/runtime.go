@@ -10,37 +10,55 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
 	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
+	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
 
-// runtimeServer carries calls to an sdk.Runtime. Errors are translated by the
-// interceptors.
+// runtimeCalls carries the calls that are the same in every version of the
+// protocol to an sdk.Runtime. Errors are translated by the interceptors.
+type runtimeCalls struct{ runtime sdk.Runtime }
+
+// runtimeServer serves version 2.
 type runtimeServer struct {
-	pluginpb.UnimplementedRuntimeServer
-	sdk.Runtime
+	pluginv2.UnsafeRuntimeServer // every method is runtimeCalls' or below
+	runtimeCalls
 }
 
-func (s *runtimeServer) Info(ctx context.Context, _ *pluginpb.InfoRequest) (*pluginpb.InfoResponse, error) {
-	i, err := s.Runtime.Info(ctx)
+func (s *runtimeServer) Start(ctx context.Context, r *pluginv2.StartRequest) (*pluginpb.StartResponse, error) {
+	return s.start(ctx, bridge.FromStart(r))
+}
+
+// runtimeServerV1 serves version 1.
+type runtimeServerV1 struct {
+	pluginpb.UnsafeRuntimeServer
+	runtimeCalls
+}
+
+func (s *runtimeServerV1) Start(ctx context.Context, r *pluginpb.StartRequest) (*pluginpb.StartResponse, error) {
+	return s.start(ctx, bridge.FromStartV1(r))
+}
+
+func (s *runtimeCalls) Info(ctx context.Context, _ *pluginpb.InfoRequest) (*pluginpb.InfoResponse, error) {
+	i, err := s.runtime.Info(ctx)
 	if err != nil {
 		return nil, err
 	}
 	return bridge.ToRuntimeInfo(i), nil
 }
 
-func (s *runtimeServer) PrepareTask(ctx context.Context, r *pluginpb.PrepareTaskRequest) (*pluginpb.PrepareTaskResponse, error) {
-	return &pluginpb.PrepareTaskResponse{}, s.Runtime.PrepareTask(ctx, bridge.FromTaskSpec(r.GetTask()))
+func (s *runtimeCalls) PrepareTask(ctx context.Context, r *pluginpb.PrepareTaskRequest) (*pluginpb.PrepareTaskResponse, error) {
+	return &pluginpb.PrepareTaskResponse{}, s.runtime.PrepareTask(ctx, bridge.FromTaskSpec(r.GetTask()))
 }
 
-func (s *runtimeServer) RemoveTask(ctx context.Context, r *pluginpb.RemoveTaskRequest) (*pluginpb.RemoveTaskResponse, error) {
-	return &pluginpb.RemoveTaskResponse{}, s.Runtime.RemoveTask(ctx, r.GetId())
+func (s *runtimeCalls) RemoveTask(ctx context.Context, r *pluginpb.RemoveTaskRequest) (*pluginpb.RemoveTaskResponse, error) {
+	return &pluginpb.RemoveTaskResponse{}, s.runtime.RemoveTask(ctx, r.GetId())
 }
 
-func (s *runtimeServer) Pull(r *pluginpb.PullRequest, stream grpc.ServerStreamingServer[pluginpb.PullUpdate]) error {
+func (s *runtimeCalls) Pull(r *pluginpb.PullRequest, stream grpc.ServerStreamingServer[pluginpb.PullUpdate]) error {
 	// The contract forbids progress after Pull returned; a plugin that does it
 	// all the same must not write on a stream that is being ended.
 	var mu sync.Mutex
 	over := false
-	image, err := s.Runtime.Pull(stream.Context(), bridge.FromPull(r), func(g sdk.PullProgress) {
+	image, err := s.runtime.Pull(stream.Context(), bridge.FromPull(r), func(g sdk.PullProgress) {
 		mu.Lock()
 		defer mu.Unlock()
 		if !over {
@@ -57,38 +75,38 @@ func (s *runtimeServer) Pull(r *pluginpb.PullRequest, stream grpc.ServerStreamin
 	return stream.Send(&pluginpb.PullUpdate{Update: &pluginpb.PullUpdate_Image{Image: bridge.ToImage(image)}})
 }
 
-func (s *runtimeServer) Start(ctx context.Context, r *pluginpb.StartRequest) (*pluginpb.StartResponse, error) {
-	c, err := s.Runtime.Start(ctx, bridge.FromStart(r))
+func (s *runtimeCalls) start(ctx context.Context, r sdk.StartRequest) (*pluginpb.StartResponse, error) {
+	c, err := s.runtime.Start(ctx, r)
 	if err != nil {
 		return nil, err
 	}
 	return &pluginpb.StartResponse{Container: bridge.ToContainer(c)}, nil
 }
 
-func (s *runtimeServer) Stop(ctx context.Context, r *pluginpb.StopRequest) (*pluginpb.StopResponse, error) {
-	c, err := s.Runtime.Stop(ctx, bridge.FromAttempt(r.GetAttempt()), time.Duration(r.GetGraceNanos()))
+func (s *runtimeCalls) Stop(ctx context.Context, r *pluginpb.StopRequest) (*pluginpb.StopResponse, error) {
+	c, err := s.runtime.Stop(ctx, bridge.FromAttempt(r.GetAttempt()), time.Duration(r.GetGraceNanos()))
 	if err != nil {
 		return nil, err
 	}
 	return &pluginpb.StopResponse{Container: bridge.ToContainer(c)}, nil
 }
 
-func (s *runtimeServer) Remove(ctx context.Context, r *pluginpb.RemoveRequest) (*pluginpb.RemoveResponse, error) {
-	return &pluginpb.RemoveResponse{}, s.Runtime.Remove(ctx, bridge.FromAttempt(r.GetAttempt()))
+func (s *runtimeCalls) Remove(ctx context.Context, r *pluginpb.RemoveRequest) (*pluginpb.RemoveResponse, error) {
+	return &pluginpb.RemoveResponse{}, s.runtime.Remove(ctx, bridge.FromAttempt(r.GetAttempt()))
 }
 
-func (s *runtimeServer) List(ctx context.Context, _ *pluginpb.ListRequest) (*pluginpb.ListResponse, error) {
-	i, err := s.Runtime.List(ctx)
+func (s *runtimeCalls) List(ctx context.Context, _ *pluginpb.ListRequest) (*pluginpb.ListResponse, error) {
+	i, err := s.runtime.List(ctx)
 	if err != nil {
 		return nil, err
 	}
 	return bridge.ToInventory(i), nil
 }
 
-func (s *runtimeServer) Events(_ *pluginpb.EventsRequest, stream grpc.ServerStreamingServer[pluginpb.Event]) error {
+func (s *runtimeCalls) Events(_ *pluginpb.EventsRequest, stream grpc.ServerStreamingServer[pluginpb.Event]) error {
 	var mu sync.Mutex
 	over := false
-	err := s.Runtime.Events(stream.Context(), func(a sdk.Attempt) {
+	err := s.runtime.Events(stream.Context(), func(a sdk.Attempt) {
 		mu.Lock()
 		defer mu.Unlock()
 		if !over {
@@ -101,16 +119,16 @@ func (s *runtimeServer) Events(_ *pluginpb.EventsRequest, stream grpc.ServerStre
 	return err
 }
 
-func (s *runtimeServer) Stats(ctx context.Context, r *pluginpb.StatsRequest) (*pluginpb.StatsResponse, error) {
-	st, err := s.Runtime.Stats(ctx, bridge.FromAttempt(r.GetAttempt()))
+func (s *runtimeCalls) Stats(ctx context.Context, r *pluginpb.StatsRequest) (*pluginpb.StatsResponse, error) {
+	st, err := s.runtime.Stats(ctx, bridge.FromAttempt(r.GetAttempt()))
 	if err != nil {
 		return nil, err
 	}
 	return bridge.ToStats(st), nil
 }
 
-func (s *runtimeServer) Exec(ctx context.Context, r *pluginpb.ExecRequest) (*pluginpb.ExecResponse, error) {
-	res, err := s.Runtime.Exec(ctx, bridge.FromExec(r))
+func (s *runtimeCalls) Exec(ctx context.Context, r *pluginpb.ExecRequest) (*pluginpb.ExecResponse, error) {
+	res, err := s.runtime.Exec(ctx, bridge.FromExec(r))
 	if err != nil {
 		return nil, err
 	}

@@ -4,8 +4,9 @@
 //	func main() { serve.Main(myplugin.New()) }
 //
 // What the plugin can do is found by asserting the optional interfaces of
-// package sdk on it (sdk.RuntimePlugin), which must agree with its Info. Handlers run concurrently; their context ends with the call, with the
-// host, and when the process is asked to end.
+// package sdk on it (sdk.RuntimePlugin, sdk.DevicePlugin, sdk.Configurable),
+// which must agree with its Info. Handlers run concurrently; their context ends
+// with the call, with the host, and when the process is asked to end.
 //
 // It speaks go-plugin's protocol on bare gRPC, without go-plugin itself, which
 // costs every plugin process megabytes it has no use for.
@@ -39,7 +40,7 @@ import (
 const drain = 3 * time.Second
 
 // versions of the protocol this module can serve, newest first.
-var versions = []int{sdk.ProtocolVersion}
+var versions = []int{2, 1}
 
 // Main serves p until the host says stop or is gone, and exits. It makes
 // slog's default logger write to stderr in the form the host reads levels
@@ -158,9 +159,15 @@ func checkInfo(p sdk.Plugin) error {
 	if !handshake.ValidName(info.Name) {
 		return fmt.Errorf("plugin name %q: want 1 to 63 of a-z, 0-9 and -", info.Name)
 	}
-	_, can := p.(sdk.RuntimePlugin)
-	if says := slices.Contains(info.Kinds, sdk.KindRuntime); says != can {
-		return fmt.Errorf("plugin %s: its kinds %v and whether it implements sdk.RuntimePlugin (%t) must agree", info.Name, info.Kinds, can)
+	_, runtime := p.(sdk.RuntimePlugin)
+	_, device := p.(sdk.DevicePlugin)
+	for _, c := range []struct {
+		kind sdk.Kind
+		can  bool
+	}{{sdk.KindRuntime, runtime}, {sdk.KindDevice, device}} {
+		if says := slices.Contains(info.Kinds, c.kind); says != c.can {
+			return fmt.Errorf("plugin %s: that its kinds are %v and whether it implements the interface of kind %s (%t) must agree", info.Name, info.Kinds, c.kind, c.can)
+		}
 	}
 	return nil
 }

@@ -30,7 +30,7 @@ type hollow struct{ plain }
 func (hollow) Runtime() sdk.Runtime { return nil }
 
 func TestPickVersion(t *testing.T) {
-	for host, want := range map[string]int{"": 1, "1": 1, "2,1": 1, "3,2": 1, "rubbish": 1, " 1 ,7": 1} {
+	for host, want := range map[string]int{"": 2, "1": 1, "2,1": 2, "3,2": 2, "rubbish": 2, " 1 ,7": 1, "99": 2} {
 		if got := pickVersion(host); got != want {
 			t.Errorf("pickVersion(%q) = %d, want %d", host, got, want)
 		}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,11 +22,12 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
 	"github.com/belay-edge/belay/plugins/sdk/internal/handshake"
 	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
+	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
 
 // server ties the services of one process together.
 type server struct {
-	pluginpb.UnimplementedPluginServer
+	pluginv2.UnimplementedPluginServer
 	grpc *grpc.Server
 	done context.Context // ends every call
 
@@ -57,9 +59,16 @@ func newServer(done context.Context, stop func(), p sdk.Plugin) *server {
 	h.SetServingStatus(handshake.HealthService, grpc_health_v1.HealthCheckResponse_SERVING)
 	grpc_health_v1.RegisterHealthServer(s.grpc, h)
 	s.grpc.RegisterService(&controllerDesc, stop)
-	pluginpb.RegisterPluginServer(s.grpc, s)
+	// All versions at once: which one the host speaks shows in what it calls.
+	pluginpb.RegisterPluginServer(s.grpc, serverV1{server: s})
+	pluginv2.RegisterPluginServer(s.grpc, s)
 	if r, ok := p.(sdk.RuntimePlugin); ok {
-		pluginpb.RegisterRuntimeServer(s.grpc, &runtimeServer{Runtime: r.Runtime()})
+		calls := runtimeCalls{r.Runtime()}
+		pluginpb.RegisterRuntimeServer(s.grpc, &runtimeServerV1{runtimeCalls: calls})
+		pluginv2.RegisterRuntimeServer(s.grpc, &runtimeServer{runtimeCalls: calls})
+	}
+	if d, ok := p.(sdk.DevicePlugin); ok {
+		pluginv2.RegisterDeviceServer(s.grpc, &deviceServer{devices: d.Devices()})
 	}
 	return s
 }
@@ -133,6 +142,7 @@ func recovered(method string, err *error) {
 func (s *server) ready(method string) error {
 	switch method {
 	case pluginpb.Plugin_Describe_FullMethodName, pluginpb.Plugin_Configure_FullMethodName,
+		pluginv2.Plugin_Describe_FullMethodName, pluginv2.Plugin_Configure_FullMethodName,
 		grpc_health_v1.Health_Check_FullMethodName, grpc_health_v1.Health_List_FullMethodName, grpc_health_v1.Health_Watch_FullMethodName:
 		return nil
 	}
@@ -144,9 +154,27 @@ func (s *server) ready(method string) error {
 	return nil
 }
 
-// Describe implements pluginpb.PluginServer.
-func (s *server) Describe(context.Context, *pluginpb.DescribeRequest) (*pluginpb.DescribeResponse, error) {
-	return bridge.ToInfo(s.plugin.Info()), nil
+// Describe implements pluginv2.PluginServer.
+func (s *server) Describe(context.Context, *pluginpb.DescribeRequest) (*pluginv2.DescribeResponse, error) {
+	d := bridge.Description{Info: s.plugin.Info()}
+	if c, ok := s.plugin.(sdk.Configurable); ok {
+		d.OptionsKnown, d.Options = true, c.Options()
+	}
+	return bridge.ToDescription(d), nil
+}
+
+// serverV1 is the Plugin service of version 1.
+type serverV1 struct {
+	pluginpb.UnsafePluginServer
+	*server
+}
+
+// Describe implements pluginpb.PluginServer. A host of version 1 would refuse
+// kinds it does not know.
+func (s serverV1) Describe(context.Context, *pluginpb.DescribeRequest) (*pluginpb.DescribeResponse, error) {
+	i := s.plugin.Info()
+	i.Kinds = slices.DeleteFunc(slices.Clone(i.Kinds), func(k sdk.Kind) bool { return k != sdk.KindRuntime })
+	return bridge.ToInfo(i), nil
 }
 
 // Configure implements pluginpb.PluginServer.

@@ -1,83 +1,79 @@
 package bridge
 
 import (
-	"strings"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
+	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
 
 // ToStart carries one attempt to start.
-func ToStart(r sdk.StartRequest) *pluginpb.StartRequest {
-	return &pluginpb.StartRequest{
+func ToStart(r sdk.StartRequest) *pluginv2.StartRequest {
+	return &pluginv2.StartRequest{
 		Attempt: ToAttempt(r.Attempt), Network: r.Network, Spec: toSpec(r.Spec),
 		Stdout: r.Stdout, Stderr: r.Stderr,
 	}
 }
 
 // FromStart reads what ToStart wrote.
-func FromStart(p *pluginpb.StartRequest) sdk.StartRequest {
+func FromStart(p *pluginv2.StartRequest) sdk.StartRequest {
 	return sdk.StartRequest{
 		Attempt: FromAttempt(p.GetAttempt()), Network: p.GetNetwork(), Spec: fromSpec(p.GetSpec()),
 		Stdout: p.GetStdout(), Stderr: p.GetStderr(),
 	}
 }
 
-func toSpec(s sdk.ContainerSpec) *pluginpb.ContainerSpec {
-	return &pluginpb.ContainerSpec{
+func toSpec(s sdk.ContainerSpec) *pluginv2.ContainerSpec {
+	p := &pluginv2.ContainerSpec{
 		Image: s.Image, Digest: s.Digest,
-		// An entry point of no words clears the image's; none leaves it.
-		EntryPoint: s.EntryPoint, EntryPointSet: s.EntryPoint != nil,
 		Command: s.Command, Env: s.Env, WorkingDir: s.WorkingDir, User: s.User, Hostname: s.Hostname,
-		Limits: toLimits(s.Limits),
-		Mounts: mapSlice(s.Mounts, func(m sdk.Mount) *pluginpb.Mount {
-			return &pluginpb.Mount{Type: m.Type, Source: m.Source, Target: m.Target, ReadOnly: m.ReadOnly, Options: m.Options}
-		}),
-		Ports: mapSlice(s.Ports, toPort),
-		Ulimits: mapSlice(s.Ulimits, func(u sdk.Ulimit) *pluginpb.Ulimit {
-			return &pluginpb.Ulimit{Name: u.Name, Soft: u.Soft, Hard: u.Hard}
-		}),
-		Devices: mapSlice(s.Devices, func(d sdk.HostDevice) *pluginpb.HostDevice {
-			return &pluginpb.HostDevice{HostPath: d.HostPath, ContainerPath: d.ContainerPath, Permissions: d.Permissions}
-		}),
+		Limits:     toLimits(s.Limits),
+		Mounts:     mapSlice(s.Mounts, toMount),
+		Ports:      mapSlice(s.Ports, toPort),
+		Ulimits:    mapSlice(s.Ulimits, toUlimit),
+		Devices:    mapSlice(s.Devices, toDevice),
+		CdiDevices: s.CDIDevices, Hooks: mapSlice(s.Hooks, toHook), AdditionalGids: s.AdditionalGIDs,
 		CapabilitiesAdd: s.CapabilitiesAdd, CapabilitiesDrop: s.CapabilitiesDrop,
 		Privileged: s.Privileged, ReadOnlyRoot: s.ReadOnlyRoot,
 		DnsServers: s.DNSServers, DnsSearch: s.DNSSearch,
-		ExtraHosts: mapSlice(s.ExtraHosts, func(h sdk.HostEntry) string { return h.Address + " " + h.Name }),
-		Init:       s.Init, Terminal: s.Terminal, StdinOpen: s.StdinOpen, ShmBytes: s.ShmBytes,
+		ExtraHosts: mapSlice(s.ExtraHosts, func(h sdk.HostEntry) *pluginv2.HostEntry {
+			return &pluginv2.HostEntry{Name: h.Name, Address: h.Address}
+		}),
+		Init: s.Init, Terminal: s.Terminal, StdinOpen: s.StdinOpen, ShmBytes: s.ShmBytes,
 		Sysctls: s.Sysctls, Labels: s.Labels, SecurityOptions: s.SecurityOptions,
 	}
+	// An entry point of no words clears the image's; none leaves it.
+	if s.EntryPoint != nil {
+		p.EntryPoint = &pluginv2.Words{Words: s.EntryPoint}
+	}
+	return p
 }
 
-func fromSpec(p *pluginpb.ContainerSpec) sdk.ContainerSpec {
+func fromSpec(p *pluginv2.ContainerSpec) sdk.ContainerSpec {
 	s := sdk.ContainerSpec{
 		Image: p.GetImage(), Digest: p.GetDigest(),
-		EntryPoint: p.GetEntryPoint(), Command: p.GetCommand(), Env: p.GetEnv(),
+		Command: p.GetCommand(), Env: p.GetEnv(),
 		WorkingDir: p.GetWorkingDir(), User: p.GetUser(), Hostname: p.GetHostname(),
-		Limits: fromLimits(p.GetLimits()),
-		Mounts: mapSlice(p.GetMounts(), func(m *pluginpb.Mount) sdk.Mount {
-			return sdk.Mount{Type: m.GetType(), Source: m.GetSource(), Target: m.GetTarget(), ReadOnly: m.GetReadOnly(), Options: m.GetOptions()}
-		}),
-		Ports: mapSlice(p.GetPorts(), fromPort),
-		Ulimits: mapSlice(p.GetUlimits(), func(u *pluginpb.Ulimit) sdk.Ulimit {
-			return sdk.Ulimit{Name: u.GetName(), Soft: u.GetSoft(), Hard: u.GetHard()}
-		}),
-		Devices: mapSlice(p.GetDevices(), func(d *pluginpb.HostDevice) sdk.HostDevice {
-			return sdk.HostDevice{HostPath: d.GetHostPath(), ContainerPath: d.GetContainerPath(), Permissions: d.GetPermissions()}
-		}),
+		Limits:     fromLimits(p.GetLimits()),
+		Mounts:     mapSlice(p.GetMounts(), fromMount),
+		Ports:      mapSlice(p.GetPorts(), fromPort),
+		Ulimits:    mapSlice(p.GetUlimits(), fromUlimit),
+		Devices:    mapSlice(p.GetDevices(), fromDevice),
+		CDIDevices: p.GetCdiDevices(), Hooks: mapSlice(p.GetHooks(), fromHook), AdditionalGIDs: p.GetAdditionalGids(),
 		CapabilitiesAdd: p.GetCapabilitiesAdd(), CapabilitiesDrop: p.GetCapabilitiesDrop(),
 		Privileged: p.GetPrivileged(), ReadOnlyRoot: p.GetReadOnlyRoot(),
 		DNSServers: p.GetDnsServers(), DNSSearch: p.GetDnsSearch(),
-		ExtraHosts: mapSlice(p.GetExtraHosts(), func(line string) sdk.HostEntry {
-			address, name, _ := strings.Cut(line, " ")
-			return sdk.HostEntry{Name: name, Address: address}
+		ExtraHosts: mapSlice(p.GetExtraHosts(), func(h *pluginv2.HostEntry) sdk.HostEntry {
+			return sdk.HostEntry{Name: h.GetName(), Address: h.GetAddress()}
 		}),
 		Init: p.GetInit(), Terminal: p.GetTerminal(), StdinOpen: p.GetStdinOpen(), ShmBytes: p.GetShmBytes(),
 		Sysctls: p.GetSysctls(), Labels: p.GetLabels(), SecurityOptions: p.GetSecurityOptions(),
 	}
-	if p.GetEntryPointSet() && s.EntryPoint == nil {
-		s.EntryPoint = []string{}
+	if p.GetEntryPoint() != nil {
+		if s.EntryPoint = p.GetEntryPoint().GetWords(); s.EntryPoint == nil {
+			s.EntryPoint = []string{}
+		}
 	}
 	return s
 }
