@@ -16,7 +16,7 @@ type patternBudget struct {
 
 // newPatternBudget: "[a-z]{1,20}" takes 20 steps. Wide classes are tables of a
 // thousand entries each, and take milliseconds to parse: 350 times [\pL], 1.3 s.
-func newPatternBudget() patternBudget { return patternBudget{steps: 1000, wide: 10} }
+func newPatternBudget() patternBudget { return patternBudget{steps: 1000, wide: 5} }
 
 // wideClass finds what makes the parser fill or walk a large table.
 var wideClass = regexp.MustCompile(`\\[pP]|-\\x|-[^\x00-\x7f]`)
@@ -62,7 +62,7 @@ func patternCost(re *syntax.Regexp, limit int) int {
 	}
 	if re.Op == syntax.OpRepeat {
 		// x{2,} is written xx+, x{0,3} is written (x(x(x)?)?)?.
-		cost *= max(re.Min, re.Max)
+		cost = 1 + (cost-1)*max(re.Min, re.Max)
 	}
 	return min(cost, limit+1)
 }
