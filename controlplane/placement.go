@@ -10,15 +10,14 @@ import (
 
 // Why an instance cannot take a task, in ECS's words where it has one.
 const (
-	ReasonAgent     = "AGENT"           // not connected
-	ReasonRuntime   = "RUNTIME"         // no ready plugin for it
-	ReasonAttribute = "ATTRIBUTE"       // architecture
-	ReasonCPU       = "RESOURCE:CPU"    //
-	ReasonMemory    = "RESOURCE:MEMORY" //
-	ReasonPorts     = "RESOURCE:PORTS"  //
-	ReasonMissing   = "MISSING"         // no instance at all
-
-	ReasonConstraint = "MemberOf placement constraint unsatisfied."
+	ReasonAgent      = "AGENT"           // not connected
+	ReasonRuntime    = "RUNTIME"         // no ready plugin for it
+	ReasonAttribute  = "ATTRIBUTE"       // architecture
+	ReasonConstraint = "CONSTRAINT"      // a placement constraint; ECS has a sentence for it
+	ReasonCPU        = "RESOURCE:CPU"    //
+	ReasonMemory     = "RESOURCE:MEMORY" //
+	ReasonPorts      = "RESOURCE:PORTS"  //
+	ReasonMissing    = "MISSING"         // no instance at all
 )
 
 // Candidate is an instance as placement sees it.
