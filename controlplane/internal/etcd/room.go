@@ -49,7 +49,7 @@ func (r *room) forWrite() error {
 		return nil
 	}
 	return controlplane.Errorf(controlplane.Unavailable,
-		"the control plane's disk is nearly full: %d MiB are free under %s, and it takes no change with less than %d; make room there and try again, it need not be started anew",
+		"the control plane's disk is nearly full: %d MiB are free under %s, and it takes no change with less than %d; make room there and try again; a restart is not needed",
 		free>>20, r.dir, r.reserve>>20)
 }
 
