@@ -229,6 +229,7 @@ func TestBadPlacement(t *testing.T) {
 	refused(t, s.cli, "", 0, []string{"nowhere"}, run("where")...)
 	refused(t, s.cli, "", 0, []string{"no-such"}, run("no-such")...)
 	refused(t, s.cli, "", 0, []string{"no-such-cluster"}, "task", "run", "--cluster", "no-such-cluster", "--taskdef", "port")
+	refused(t, s.cli, "", 0, []string{"cluster default has no instances", "in " + cluster, "--cluster"}, "task", "run", "--taskdef", "port")
 	if _, err := s.cli.Run(deadline(t, patience), run("port")...); err != nil {
 		t.Fatal(err)
 	}
