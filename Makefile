@@ -44,6 +44,10 @@ test-modules:
 	@for m in $(MODULES); do echo "== go test $$m"; (cd $$m && $(GOTEST) $$(go list ./... | grep -v /hw-tests) $(SHOW)) || exit 1; done
 	@echo "== go test hw-tests"; export BELAY_BIN=$(abspath $(BIN)); $(GOTEST) -p 1 ./hw-tests/... $(SHOW)
 
+lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
+	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
+	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && export CGO_ENABLED=0 GOFLAGS="$(FLAGS)" && go mod tidy -diff >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
+
 test-systemd: ## the process plugin with a real systemd: the host's, or one booted in a container
 	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestConformanceSystemd$$' -v ./plugins/process
 

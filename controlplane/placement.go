@@ -70,6 +70,9 @@ type Placement struct {
 	Constraints []query.Expr
 	Count       int
 	Candidates  []Candidate // ACTIVE instances
+	// For telling why, where there are no candidates.
+	Cluster   string
+	Elsewhere []string // other clusters that have ACTIVE instances, in order
 }
 
 // PlacementFailure is why tasks were not placed on an instance.

@@ -43,19 +43,3 @@ func TestStartTime(t *testing.T) {
 		t.Errorf("Start takes %s longer than ctr run", (host-plain)/runs)
 	}
 }
-
-// TestInit: an init is bound in where the device has one, and refused by name
-// where it has none.
-func TestInit(t *testing.T) {
-	w := newWorld(t)
-	q := w.request(w.attempt(sdk.TaskSpec{}), sdk.NetworkNone, images.Shell, "/bin/sh", "-c", "cat /proc/1/comm")
-	q.Spec.Init = true
-	if _, err := w.rt.Start(w.ctx(), q); err != nil {
-		wantError(t, err, sdk.Unsupported, "init_path")
-		return
-	}
-	wantExit(t, w.exit(q.Attempt), 0)
-	if got := read(t, q.Stdout); got != "init\n" {
-		t.Errorf("the first process is %q", got)
-	}
-}

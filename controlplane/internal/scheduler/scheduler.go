@@ -44,7 +44,7 @@ func Place(p controlplane.Placement, r *rand.Rand) (instances []string, failures
 	if len(candidates) == 0 {
 		return nil, []controlplane.PlacementFailure{{
 			Reason: controlplane.ReasonMissing,
-			Detail: "the cluster has no instances: enrol a device with an activation for it",
+			Detail: nobody(p.Cluster, p.Elsewhere),
 		}}
 	}
 	for i := range candidates {
@@ -69,6 +69,20 @@ func unsuitable(c *controlplane.Candidate, p controlplane.Placement) *controlpla
 		}
 	}
 	return nil
+}
+
+// nobody says that a cluster has no instances, and where there are some: who
+// names no cluster gets the default one.
+func nobody(cluster string, elsewhere []string) string {
+	const most = 5
+	switch n := len(elsewhere); {
+	case n == 0:
+		return fmt.Sprintf("cluster %s has no instances: enrol a device with an activation for it", cluster)
+	case n > most:
+		elsewhere = append(slices.Clone(elsewhere[:most]), fmt.Sprintf("%d more", n-most))
+	}
+	return fmt.Sprintf("cluster %s has no instances, there are some in %s: choose one with --cluster, or enrol a device with an activation for %[1]s",
+		cluster, strings.Join(elsewhere, ", "))
 }
 
 func take(c *controlplane.Candidate, d controlplane.Demand) {
