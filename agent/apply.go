@@ -385,6 +385,8 @@ func (c *Container) identify(seen sdk.Container) {
 	}
 }
 
+const reasonRebooted = "The device rebooted while it ran: nobody saw its exit"
+
 // lost is an attempt the runtime knows nothing of. One that never ran may be
 // started; one that ran has ended and nobody saw how.
 func (s *State) lost(t *Task, c *Container, now time.Duration) {
@@ -394,7 +396,7 @@ func (s *State) lost(t *Task, c *Container, now time.Duration) {
 	}
 	reason := "The runtime no longer knows the container: its exit code is lost"
 	if c.BootID != s.BootID {
-		reason = "The device rebooted while it ran: nobody saw its exit"
+		reason = reasonRebooted
 	}
 	s.exit(c, nil, reason, now)
 	c.Removed = true

@@ -34,6 +34,7 @@ type simulation struct {
 	reported map[string]*wire.TaskStatus
 	ids      int
 	reboots  int
+	rebooted map[sdk.Attempt]bool // ran when the device rebooted
 	incarn   string
 }
 
@@ -47,6 +48,7 @@ func newSimulation(t *rapid.T) *simulation {
 	s := &simulation{
 		t: t, clock: &stillClock{now: time.Minute, boot: "boot-0"}, journal: j, runtime: newSimRuntime(j),
 		wanted: map[string]*wire.Assignment{}, over: map[string]bool{}, reported: map[string]*wire.TaskStatus{}, incarn: "one",
+		rebooted: map[sdk.Attempt]bool{},
 	}
 	s.hands = &hands{runtimes: s.runtime, outputs: nowhere{}, volumes: nowhere{}, clock: s.clock}
 	s.boot()
@@ -101,11 +103,22 @@ func (s *simulation) receive(st *wire.TaskStatus) {
 		if c.ExitCode != nil && (!ended || truth == nil || int32(*truth) != c.GetExitCode()) {
 			s.t.Fatalf("%s is said to have exited with %d; in truth: %v", a, c.GetExitCode(), truth)
 		}
-		if c.GetLastStatus() == Stopped && c.ExitCode == nil && ended && truth != nil {
+		if now := s.runtime.containers[a]; c.GetLastStatus() == Running && s.rebooted[a] && (now == nil || now.state != sdk.StateRunning) {
+			s.t.Fatalf("%s is said to run, and the device rebooted since", a)
+		}
+		// After a reboot it is known to have ended before it is known how.
+		if c.GetLastStatus() == Stopped && c.ExitCode == nil && ended && truth != nil && !s.unlisted(a) {
 			s.t.Fatalf("the exit code %d of %s was lost", *truth, a)
 		}
 	}
 	s.reported[st.GetTaskId()] = st
+}
+
+// unlisted says that the agent still waits for the runtime's word on an
+// attempt, without which its task must not be called STOPPED.
+func (s *simulation) unlisted(a sdk.Attempt) bool {
+	t := s.state.task(a.Task)
+	return t.Status != Stopped && t.container(a.Container).Phase == phaseUnknown
 }
 
 func (s *simulation) assign(full bool, set ...*wire.Assignment) {
@@ -234,6 +247,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			s.ghosts = nil
 			for _, a := range s.runtime.live("", "") {
 				s.runtime.exit(a, nil)
+				s.rebooted[a] = true
 				if rapid.Bool().Draw(s.t, "forgets") {
 					delete(s.runtime.containers, a)
 				}

@@ -93,12 +93,12 @@ func (s *State) taskStatus(t *Task) *wire.TaskStatus {
 		st.StopCode, st.StoppedReason = t.Stop.code, t.Stop.reason
 	}
 	for _, c := range t.Containers {
-		st.Containers = append(st.Containers, c.status(t))
+		st.Containers = append(st.Containers, c.status(t, s.BootID))
 	}
 	return st
 }
 
-func (c *Container) status(t *Task) *wire.ContainerStatus {
+func (c *Container) status(t *Task, boot string) *wire.ContainerStatus {
 	st := &wire.ContainerStatus{
 		Name: c.Spec.GetName(), LastStatus: Pending, Attempt: uint32(c.Number),
 		Image: c.Spec.GetImage(), ImageDigest: c.Digest, RuntimeId: c.RuntimeID,
@@ -108,6 +108,10 @@ func (c *Container) status(t *Task) *wire.ContainerStatus {
 		st.Restarts = uint32(c.Number - 1)
 	}
 	switch {
+	case c.Phase == phaseUnknown && c.Started && c.BootID != boot:
+		// Its exit is not known yet, and may stay so while the runtime is
+		// away; that it no longer runs needs no runtime to tell.
+		st.LastStatus, st.Reason = Stopped, reasonRebooted
 	case c.Phase == phaseRunning, c.Phase == phaseUnknown && c.Started:
 		st.LastStatus = Running
 		st.Pid, st.Ip = uint32(c.PID), c.IP
