@@ -14,6 +14,9 @@ FLAGS   = -buildvcs=false -trimpath -tags=grpcnotrace
 GOBUILD = CGO_ENABLED=0 go build $(FLAGS) -ldflags '-s -w -X main.version=$(VERSION)'
 RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 
+# Headers of go-nvml declare deprecated what its bindings must still bind.
+export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
+
 .PHONY: build demo test test-modules test-systemd test-vm lint bench fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
@@ -22,6 +25,10 @@ build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@$(GOBUILD) -o $(BIN)/ ./agent/cmd/belay-agent ./controlplane/cmd/belay-control ./controlplane/cmd/belay \
 		./plugins/cmd/belay-plugins ./plugins/process/cmd/belay-supervise
 	@for p in $(PLUGINS); do ln -sfn ../belay-plugins $(BIN)/plugins/$$p; done
+	@if [ "$$(GOARCH=$(GOARCH) go env CGO_ENABLED)" = 1 ] && command -v "$$(GOARCH=$(GOARCH) go env CC)" >/dev/null; then \
+		CGO_ENABLED=1 GOARCH=$(GOARCH) go build $(FLAGS) -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ ./plugins/cmd/belay-plugin-nvidia && \
+		ln -sfn ../belay-plugin-nvidia $(BIN)/plugins/nvidia; \
+	else echo "no C compiler for $(GOARCH), so no plugin nvidia: install gcc and libc6-dev, or name a cross compiler with CGO_ENABLED=1 CC=..."; fi
 
 setup: ## what tests and demo need from the distribution
 	@packaging/dev/setup.sh || { [ "$$(id -u)" -ne 0 ] && echo "going on without root: what needs the above is left out, and says so"; }

@@ -144,7 +144,7 @@ func (p *Plugin) Edits(_ context.Context, ids []string) (sdk.Edits, error) {
 		if t.node.Major == usbMajor {
 			// One bind and one rule, however many there are.
 			if len(e.DeviceRules) == 0 {
-				e.Mounts = append(e.Mounts, sdk.Mount{Type: "bind", Source: usbNodes, Target: usbNodes})
+				e.Mounts = append(e.Mounts, sdk.Mount{Type: "bind", Source: usbNodes, Target: usbNodes, ReadOnly: true})
 				e.DeviceRules = append(e.DeviceRules, sdk.DeviceRule{Type: "c", Major: usbMajor, Permissions: "rw"})
 			}
 			continue
