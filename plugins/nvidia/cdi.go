@@ -117,7 +117,7 @@ func cdiName(s cdiSpec, g gpu) string {
 		}
 		slices.Sort(own)
 		mine := slices.Sorted(slices.Values(g.own))
-		if len(mine) > 0 && slices.Equal(own, mine) {
+		if d.Name != "all" && len(mine) > 0 && slices.Equal(own, mine) {
 			return d.Name
 		}
 	}

@@ -34,6 +34,7 @@ type config struct {
 // Plugin implements sdk.DevicePlugin.
 type Plugin struct {
 	version string
+	library func(recorded bool) Library
 	fs      sysfs.FS
 	scan    time.Duration
 	cdi     bool
@@ -50,9 +51,10 @@ var (
 	_ sdk.Devices      = (*Plugin)(nil)
 )
 
-// New makes the plugin.
-func New(version string, library Library) *Plugin {
-	return &Plugin{version: version, nvml: session{library: library}, turn: make(chan struct{}, 1)}
+// New makes the plugin. library makes its NVML: recorded says that it reads a
+// tree of another machine, which this machine's NVML knows nothing of.
+func New(version string, library func(recorded bool) Library) *Plugin {
+	return &Plugin{version: version, library: library, turn: make(chan struct{}, 1)}
 }
 
 // Info implements sdk.Plugin.
@@ -63,23 +65,15 @@ func (p *Plugin) Info() sdk.Info {
 // Options implements sdk.Configurable.
 func (p *Plugin) Options() []sdk.Option { return sdk.OptionsOf(config{}) }
 
-// Configure implements sdk.Plugin. A recorded tree is another machine's: this
-// one's NVML knows nothing of it.
+// Configure implements sdk.Plugin.
 func (p *Plugin) Configure(_ context.Context, c sdk.Config) error {
 	var o config
 	if err := sdk.DecodeConfig(c, &o); err != nil {
 		return err
 	}
-	fs := sysfs.New(o.Root)
-	if fs.Recorded() {
-		p.nvml.library = NoLibrary{}
-	}
-	p.configure(fs, o.Scan, o.CDI)
+	p.fs, p.scan, p.cdi = sysfs.New(o.Root), o.Scan, o.CDI
+	p.nvml.library = p.library(p.fs.Recorded())
 	return nil
-}
-
-func (p *Plugin) configure(fs sysfs.FS, scan time.Duration, cdi bool) {
-	p.fs, p.scan, p.cdi = fs, scan, cdi
 }
 
 // Devices implements sdk.DevicePlugin.

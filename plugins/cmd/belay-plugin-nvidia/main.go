@@ -13,4 +13,11 @@ import (
 // version is set by the build: -ldflags "-X main.version=1.2.3".
 var version = "dev"
 
-func main() { serve.Main(nvidia.New(version, gonvml.New())) }
+func main() {
+	serve.Main(nvidia.New(version, func(recorded bool) nvidia.Library {
+		if recorded {
+			return nvidia.NoLibrary{}
+		}
+		return gonvml.New()
+	}))
+}

@@ -12,4 +12,6 @@ import (
 // version is set by the build: -ldflags "-X main.version=1.2.3".
 var version = "dev"
 
-func main() { serve.Main(nvidia.New(version+"+nocgo", nvidia.NoLibrary{})) }
+func main() {
+	serve.Main(nvidia.New(version+"+nocgo", func(bool) nvidia.Library { return nvidia.NoLibrary{} }))
+}
