@@ -68,7 +68,7 @@ func (p *Plugin) Devices() sdk.Devices { return p }
 type tpu struct {
 	sdk.Device
 	node  sysfs.Node
-	class string      // "/sys/class/apex/apex_0"; "" without one
+	class string // "/sys/class/apex/apex_0"; "" without one
 }
 
 // find looks at everything anew: nothing is kept between calls.
