@@ -156,13 +156,14 @@ func (p *Plugin) card(f function, h GPU, err error, system attributes) []gpu {
 		}
 	}
 	switch {
+	case h != nil: // its driver drives it, whatever /sys shows of that
 	case f.driver == "":
 		g.Reason = "no driver is bound to it: install NVIDIA's driver for this kernel"
 	case f.driver != "nvidia":
 		g.Reason = "it is bound to the driver " + f.driver + ", not to NVIDIA's"
-	case h == nil && err != nil:
+	case err != nil:
 		g.Reason = clip("NVIDIA's driver is bound to it, but " + err.Error())
-	case h == nil:
+	default:
 		g.Health = sdk.HealthUnhealthy
 		g.Reason = "NVIDIA's driver is bound to it but does not list it: it may have fallen off the bus, see the kernel's log for NVRM and Xid"
 	}
