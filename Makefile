@@ -17,7 +17,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-vm lint bench fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-vm test-arm lint bench fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -56,6 +56,22 @@ test-systemd: ## the process plugin with a real systemd: the host's, or one boot
 
 test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, process, units)
 	@hw-tests/vm/run.sh $(VM)
+
+# Unit tests of what reads hardware, golden inventories by the test binaries and
+# by the built plugins. arm is ARMv6, the first Raspberry Pi.
+ARMTESTS = plugins/edgetpu plugins/nvidia hw-tests/devices
+test-arm: ## detectors built for arm64 and ARMv6, under qemu's user emulation
+	@for a in arm64:qemu-aarch64-static arm:qemu-arm-static; do arch=$${a%%:*} emu=$${a#*:} out=$(abspath $(BIN))/test-$${a%%:*}; \
+		command -v $$emu >/dev/null || { echo "no $$emu: apt-get install qemu-user-static"; exit 1; }; \
+		echo "== building for $$arch"; mkdir -p $$out/plugins; export GOARCH=$$arch GOARM=6 CGO_ENABLED=0; \
+		go build $(FLAGS) -ldflags '-s -w' -o $$out/ ./plugins/cmd/belay-plugins ./plugins/cmd/belay-plugin-nvidia; \
+		ln -sfn ../belay-plugins $$out/plugins/edgetpu; ln -sfn ../belay-plugin-nvidia $$out/plugins/nvidia; \
+		go -C plugins/sdk test -c -o $$out/sysfs.test ./sysfs; \
+		for p in $(ARMTESTS); do go test -c -tags=grpcnotrace -o $$out/$$(basename $$p).test ./$$p; done; unset GOARCH GOARM CGO_ENABLED; \
+		(cd plugins/sdk/sysfs && timeout 300 $$emu $$out/sysfs.test); \
+		for p in $(ARMTESTS); do echo "== $$p on $$arch"; (cd $$p && timeout 300 $$emu $$out/$$(basename $$p).test -test.skip '^(TestTarget|TestContainers.*)$$') || exit 1; done; \
+		echo "== built plugins on $$arch"; (cd hw-tests/devices && timeout 300 go test -count=1 . -run '^TestGoldenBuilt$$' -bin $$out -emulator $$emu) || exit 1; \
+	done
 
 bench: setup build ## what it costs: memory, latency beside ctr, binary sizes
 	go test ./hw-tests/blackbox -run '^$$' -bench . -benchtime 1x -timeout 30m -bin $(abspath $(BIN))

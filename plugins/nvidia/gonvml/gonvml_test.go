@@ -16,13 +16,14 @@ import (
 	"github.com/NVIDIA/go-nvml/pkg/nvml"
 	"github.com/NVIDIA/go-nvml/pkg/nvml/mock"
 	"github.com/NVIDIA/go-nvml/pkg/nvml/mock/dgxa100"
+	"github.com/NVIDIA/go-nvml/pkg/nvml/mock/server"
 
 	"github.com/belay-edge/belay/plugins/nvidia"
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
 // tree has the nodes and the addresses of eight cards.
-func tree(t *testing.T, s *dgxa100.Server) string {
+func tree(t *testing.T, s *server.Server) string {
 	t.Helper()
 	root := t.TempDir()
 	nodes := "c 195 255 0666 root root /dev/nvidiactl\nc 510 0 0666 root root /dev/nvidia-uvm\n"
@@ -42,7 +43,7 @@ func tree(t *testing.T, s *dgxa100.Server) string {
 	return root
 }
 
-func inventory(t *testing.T, s *dgxa100.Server) []sdk.Device {
+func inventory(t *testing.T, s *server.Server) []sdk.Device {
 	t.Helper()
 	p := nvidia.New("test", func(bool) nvidia.Library { return Of(s) })
 	if err := p.Configure(t.Context(), sdk.Config{JSON: json.RawMessage(fmt.Sprintf(`{"root":%q}`, tree(t, s)))}); err != nil {
@@ -58,7 +59,7 @@ func inventory(t *testing.T, s *dgxa100.Server) []sdk.Device {
 }
 
 // quiet gives the mock answers it has none for.
-func quiet(s *dgxa100.Server) {
+func quiet(s *server.Server) {
 	s.ExtensionsFunc = func() nvml.ExtendedInterface {
 		return &mock.ExtendedInterface{LookupSymbolFunc: func(f string) error {
 			if strings.Contains(f, "RemappedRows") || strings.Contains(f, "RetiredPages") {
@@ -74,8 +75,8 @@ func quiet(s *dgxa100.Server) {
 		for j, c := range fmt.Sprintf("00000000:%02X:00.0", 7+8*i) {
 			pci.BusId[j] = int8(c)
 		}
-		h.(*dgxa100.Device).GetPciInfoFunc = func() (nvml.PciInfo, nvml.Return) { return pci, nvml.SUCCESS }
-		h.(*dgxa100.Device).GetTemperatureFunc = func(nvml.TemperatureSensors) (uint32, nvml.Return) { return 0, nvml.ERROR_NOT_SUPPORTED }
+		h.(*server.Device).GetPciInfoFunc = func() (nvml.PciInfo, nvml.Return) { return pci, nvml.SUCCESS }
+		h.(*server.Device).GetTemperatureFunc = func(nvml.TemperatureSensors) (uint32, nvml.Return) { return 0, nvml.ERROR_NOT_SUPPORTED }
 	}
 }
 
@@ -99,7 +100,7 @@ func TestLostGPU(t *testing.T) {
 	s := dgxa100.New()
 	quiet(s)
 	h, _ := s.DeviceGetHandleByIndex(3)
-	h.(*dgxa100.Device).GetMemoryInfoFunc = func() (nvml.Memory, nvml.Return) { return nvml.Memory{}, nvml.ERROR_GPU_IS_LOST }
+	h.(*server.Device).GetMemoryInfoFunc = func() (nvml.Memory, nvml.Return) { return nvml.Memory{}, nvml.ERROR_GPU_IS_LOST }
 	all := inventory(t, s)
 	for i, d := range all {
 		if bad := d.Health == sdk.HealthUnhealthy; bad != (i == 3) {
