@@ -26,7 +26,7 @@ build: ## the binaries and the plugins, ready to load, in $(BIN)
 		./plugins/cmd/belay-plugins ./plugins/process/cmd/belay-supervise
 	@for p in $(PLUGINS); do ln -sfn ../belay-plugins $(BIN)/plugins/$$p; done
 	@if [ "$$(GOARCH=$(GOARCH) go env CGO_ENABLED)" = 1 ] && command -v "$$(GOARCH=$(GOARCH) go env CC)" >/dev/null; then \
-		CGO_ENABLED=1 GOARCH=$(GOARCH) go build $(FLAGS) -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ ./plugins/cmd/belay-plugin-nvidia && \
+		CGO_ENABLED=1 GOARCH=$(GOARCH) go build $(FLAGS),netgo,osusergo -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ ./plugins/cmd/belay-plugin-nvidia && \
 		ln -sfn ../belay-plugin-nvidia $(BIN)/plugins/nvidia; \
 	else echo "no C compiler for $(GOARCH), so no plugin nvidia: install gcc and libc6-dev, or name a cross compiler with CGO_ENABLED=1 CC=..."; fi
 

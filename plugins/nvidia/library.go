@@ -42,19 +42,27 @@ type GPU interface {
 // Errors of a Library.
 var (
 	ErrNoLibrary     = errors.New("its management library libnvidia-ml.so.1 is not installed, or not for this process")
+	ErrNotBuilt      = errors.New("this build of the plugin cannot load its management library: it was made without cgo")
 	ErrNoDriver      = errors.New("the driver is not loaded")
 	ErrNotSupported  = errors.New("not supported")
 	ErrLost          = errors.New("the GPU has fallen off the bus or cannot be reached")
 	ErrResetRequired = errors.New("the GPU must be reset before it can be used again")
 )
 
-// NoLibrary is the Library of a machine without NVML.
-type NoLibrary struct{}
+// NoLibrary is the Library of a machine, or a build, without NVML.
+type NoLibrary struct {
+	Why error // nil: ErrNoLibrary
+}
 
 var _ Library = NoLibrary{}
 
 // Init implements Library.
-func (NoLibrary) Init() error { return ErrNoLibrary }
+func (n NoLibrary) Init() error {
+	if n.Why != nil {
+		return n.Why
+	}
+	return ErrNoLibrary
+}
 
 // Shutdown implements Library.
 func (NoLibrary) Shutdown() {}

@@ -13,5 +13,10 @@ import (
 var version = "dev"
 
 func main() {
-	serve.Main(nvidia.New(version+"+nocgo", func(bool) nvidia.Library { return nvidia.NoLibrary{} }))
+	serve.Main(nvidia.New(version+"+nocgo", func(recorded bool) nvidia.Library {
+		if recorded {
+			return nvidia.NoLibrary{}
+		}
+		return nvidia.NoLibrary{Why: nvidia.ErrNotBuilt}
+	}))
 }
