@@ -45,6 +45,9 @@ func (l *Library) DriverVersion() (string, error) {
 
 // CUDAVersion implements nvidia.Library.
 func (l *Library) CUDAVersion() (int, error) {
+	if !l.has("nvmlSystemGetCudaDriverVersion") {
+		return 0, nvidia.ErrNotSupported
+	}
 	v, ret := l.api.SystemGetCudaDriverVersion()
 	return v, explain(ret)
 }

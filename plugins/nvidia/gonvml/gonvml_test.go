@@ -22,16 +22,11 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
-// tree has the nodes and the addresses of eight cards.
-func tree(t *testing.T, s *server.Server) string {
+// plant writes files into a tree.
+func plant(t *testing.T, files map[string]string) string {
 	t.Helper()
 	root := t.TempDir()
-	nodes := "c 195 255 0666 root root /dev/nvidiactl\nc 510 0 0666 root root /dev/nvidia-uvm\n"
-	n, _ := s.DeviceGetCount()
-	for i := range n {
-		nodes += fmt.Sprintf("c 195 %d 0666 root root /dev/nvidia%d\n", i, i)
-	}
-	for name, content := range map[string]string{"dev.list": nodes, "proc/driver/nvidia/version": "x"} {
+	for name, content := range files {
 		p := filepath.Join(root, name)
 		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
 			t.Fatal(err)
@@ -41,6 +36,30 @@ func tree(t *testing.T, s *server.Server) string {
 		}
 	}
 	return root
+}
+
+const control = "c 195 255 0666 root root /dev/nvidiactl\nc 510 0 0666 root root /dev/nvidia-uvm\n"
+
+// plantCard makes the tree of a card whose driver is bound.
+func plantCard(t *testing.T, bdf string) string {
+	t.Helper()
+	dir := "sys/bus/pci/devices/" + bdf
+	root := plant(t, map[string]string{dir + "/vendor": "0x10de\n", dir + "/class": "0x030000\n", "dev.list": "c 195 0 0666 root root /dev/nvidia0\n" + control})
+	if err := os.Symlink("../../drivers/nvidia", filepath.Join(root, dir, "driver")); err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+// tree has the nodes of all cards.
+func tree(t *testing.T, s *server.Server) string {
+	t.Helper()
+	nodes := control
+	n, _ := s.DeviceGetCount()
+	for i := range n {
+		nodes += fmt.Sprintf("c 195 %d 0666 root root /dev/nvidia%d\n", i, i)
+	}
+	return plant(t, map[string]string{"dev.list": nodes})
 }
 
 func inventory(t *testing.T, s *server.Server) []sdk.Device {
