@@ -78,6 +78,17 @@ func TestUSBKeepsItsID(t *testing.T) {
 	}
 }
 
+// Controllers on a chip: the number behind xhci-hcd is that of the probing.
+func TestUSBKeepsItsIDOnBoards(t *testing.T) {
+	for _, number := range []string{"0", "1.auto"} {
+		root := t.TempDir()
+		plant(t, root, usbTree("1f00200000.usb/xhci-hcd."+number, 1, 5, "2", "1a6e", "089a", "480"))
+		if found := open(t, root).find(); len(found) != 1 || found[0].ID != "usb-1f00200000.usb-2" {
+			t.Errorf("xhci-hcd.%s: found %+v, want usb-1f00200000.usb-2", number, found)
+		}
+	}
+}
+
 func TestUSBTwoOnPortsOfOneNumber(t *testing.T) {
 	root := t.TempDir()
 	slow, fast := usbTree("0000:00:14.0", 1, 5, "1", "1a6e", "089a", "480"), usbTree("0000:00:14.0", 2, 5, "1", "1a6e", "089a", "5000")

@@ -91,10 +91,16 @@ func usbID(fs sysfs.FS, dir, name string) string {
 	// .../pci0000:00/0000:00:14.0/usb1/1-1/1-1.4
 	parts := strings.Split(path.Dir(real), "/")
 	hub := slices.IndexFunc(parts, func(s string) bool { return strings.HasPrefix(s, "usb") && len(s) > 3 && s[3] >= '0' && s[3] <= '9' })
-	if hub < 1 {
+	// On boards the driver makes a device of its own below the controller,
+	// numbered in the order of their probing: what is above has the address.
+	controller := hub - 1
+	for controller > 0 && strings.HasPrefix(parts[controller], "xhci-hcd.") {
+		controller--
+	}
+	if controller < 1 {
 		return "usb-" + name
 	}
-	return "usb-" + parts[hub-1] + "-" + ports
+	return "usb-" + parts[controller] + "-" + ports
 }
 
 // tellApart names those on port N of the USB 2 bus of a controller that has
