@@ -98,20 +98,6 @@ func (p *plan) process(s *oci.Spec) {
 	}
 }
 
-// deviceRules come after the nodes: they allow more, and take nothing back.
-func (p *plan) deviceRules(s *oci.Spec) {
-	for _, r := range p.q.Spec.DeviceRules {
-		major, access := int64(r.Major), r.Permissions
-		if access == "" {
-			access = "rwm"
-		}
-		if s.Linux.Resources == nil {
-			s.Linux.Resources = &specs.LinuxResources{}
-		}
-		s.Linux.Resources.Devices = append(s.Linux.Resources.Devices, specs.LinuxDeviceCgroup{Allow: true, Type: r.Type, Major: &major, Access: access})
-	}
-}
-
 // user resolves names in the image's own /etc/passwd and /etc/group.
 func (p *plan) user() oci.SpecOpts {
 	name := p.q.Spec.User
@@ -263,5 +249,19 @@ func (p *plan) limits(s *oci.Spec) {
 	if l.Pids != 0 {
 		n := l.Pids
 		res.Pids = &specs.LinuxPids{Limit: &n}
+	}
+}
+
+// deviceRules come after the nodes: they allow more, and take nothing back.
+func (p *plan) deviceRules(s *oci.Spec) {
+	for _, r := range p.q.Spec.DeviceRules {
+		major, access := int64(r.Major), r.Permissions
+		if access == "" {
+			access = "rwm"
+		}
+		if s.Linux.Resources == nil {
+			s.Linux.Resources = &specs.LinuxResources{}
+		}
+		s.Linux.Resources.Devices = append(s.Linux.Resources.Devices, specs.LinuxDeviceCgroup{Allow: true, Type: r.Type, Major: &major, Access: access})
 	}
 }
