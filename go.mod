@@ -4,6 +4,7 @@ go 1.26.6
 
 require (
 	connectrpc.com/connect v1.21.1
+	github.com/NVIDIA/go-nvml v0.13.4-0
 	github.com/aws/aws-sdk-go-v2/service/ecs v1.104.0
 	github.com/belay-edge/belay/plugins/sdk v0.0.0
 	github.com/containerd/containerd/api v1.12.0

@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/belay-edge/belay/plugins/containerd"
+	"github.com/belay-edge/belay/plugins/edgetpu"
 	"github.com/belay-edge/belay/plugins/process"
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/serve"
@@ -31,6 +32,7 @@ type entry struct {
 
 var plugins = []entry{
 	{"containerd", func(v string) sdk.Plugin { return containerd.New(v) }},
+	{edgetpu.Name, func(v string) sdk.Plugin { return edgetpu.New(v) }},
 	{process.Name, func(v string) sdk.Plugin { return process.New(v) }},
 }
 
