@@ -1,0 +1,123 @@
+// Package idle gives back the memory that starting, or a burst of work, left
+// with a process that has gone quiet.
+//
+// Two kinds go. The heap's free pages return to the kernel at once, which the
+// runtime would do by and by. And the pages of the executable are unmapped:
+// the kernel maps 64 KiB around every page a process touches, so a process
+// that ran its start-up once has all of its code and tables mapped for ever,
+// and is charged for it. Unmapping frees nothing by itself; the pages stay in
+// the page cache as long as the kernel has room, and now leave first where it
+// has not. What is used again is mapped again by a minor fault of about a
+// microsecond for 64 KiB, or is read from disk if it did leave. So what the
+// process is charged with from then on is what it uses when idle.
+//
+// Only read-only mappings of the executable without a private page are
+// unmapped: dropping a private page would lose what was written to it, by a
+// dynamic linker's relocation or a debugger's breakpoint. Every failure means
+// that a mapping stays as it is, which is always right.
+package idle
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A page mapped is a fault counted, so faults say both that a process is busy
+// in a new way and what there is to give back. One that is busy in the same
+// way all the time has no faults, gives back once, and has the same few again.
+const (
+	interval = 5 * time.Second
+	quiet    = 16 // faults in an interval: nothing new is happening
+	worth    = 64 // faults since last time, up to 64 KiB each: 4 MiB
+)
+
+// Run gives memory back each time the process has gone quiet, until ctx ends.
+func Run(ctx context.Context) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	var w watch
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if w.due(faults()) {
+				Trim()
+			}
+		}
+	}
+}
+
+// watch decides when memory is given back.
+type watch struct {
+	last    int64 // faults at the last look
+	base    int64 // faults once the last trim's own were over
+	trimmed bool  // at the last look
+}
+
+func (w *watch) due(now int64) bool {
+	if w.trimmed { // what came back is what is in use
+		w.base, w.trimmed = now, false
+	}
+	isQuiet := now-w.last <= quiet
+	w.last = now
+	w.trimmed = isQuiet && now-w.base >= worth
+	return w.trimmed
+}
+
+func faults() int64 {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return int64(u.Minflt) + int64(u.Majflt)
+}
+
+// Trim gives back what can be, now.
+func Trim() {
+	runtime.GC() // what pools kept goes at the second collection
+	debug.FreeOSMemory()
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return
+	}
+	f, err := os.Open("/proc/self/smaps")
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	for _, m := range unwritten(f, exe) {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED)
+	}
+}
+
+type mapping struct{ start, end uintptr }
+
+// unwritten lists the mappings of file that cannot be written and hold
+// nothing but what is in the file.
+func unwritten(smaps io.Reader, file string) (list []mapping) {
+	var m mapping
+	candidate := false
+	for s := bufio.NewScanner(smaps); s.Scan(); {
+		line := s.Text()
+		var perms, offset, dev, inode string
+		var next mapping
+		if n, _ := fmt.Sscanf(line, "%x-%x %s %s %s %s", &next.start, &next.end, &perms, &offset, &dev, &inode); n == 6 {
+			m, candidate = next, (perms == "r-xp" || perms == "r--p") && strings.HasSuffix(line, " "+file)
+			continue
+		}
+		if kib, ok := strings.CutPrefix(line, "Anonymous:"); ok && candidate && strings.TrimSpace(kib) == "0 kB" {
+			list = append(list, m)
+		}
+	}
+	return list
+}
