@@ -25,6 +25,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"strings"
 	"time"
 
@@ -82,10 +83,28 @@ func faults() int64 {
 	return int64(u.Minflt) + int64(u.Majflt)
 }
 
+// collect is a heap worth collecting: the collector's own tables cost as much
+// as it finds in one that is smaller, as a plugin's is after start-up.
+const collect = 5 << 20
+
+// heap is what the heap holds of the machine's memory, used or not, in bytes.
+func heap() (sum uint64) {
+	s := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/unused:bytes"}, {Name: "/memory/classes/heap/free:bytes"}}
+	metrics.Read(s)
+	for _, m := range s {
+		if m.Value.Kind() == metrics.KindUint64 {
+			sum += m.Value.Uint64()
+		}
+	}
+	return sum
+}
+
 // Trim gives back what can be, now.
 func Trim() {
-	runtime.GC() // what pools kept goes at the second collection
-	debug.FreeOSMemory()
+	if heap() > collect {
+		runtime.GC() // what pools kept goes at the second collection
+		debug.FreeOSMemory()
+	}
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return
