@@ -38,7 +38,8 @@ import (
 const (
 	interval = 5 * time.Second
 	quiet    = 16 // faults in an interval: nothing new is happening
-	worth    = 64 // faults since last time, up to 64 KiB each: 4 MiB
+	worth    = 32 // faults since last time, up to 64 KiB each: 2 MiB
+	rest     = 6  // intervals between one time and the next, at least
 )
 
 // Run gives memory back each time the process has gone quiet, until ctx ends.
@@ -60,19 +61,26 @@ func Run(ctx context.Context) {
 
 // watch decides when memory is given back.
 type watch struct {
-	last    int64 // faults at the last look
-	base    int64 // faults once the last trim's own were over
-	trimmed bool  // at the last look
+	last int64 // faults at the last look
+	base int64 // faults once the last time's own were over
+	rest int   // looks until base is known, then until the next time may come
 }
 
 func (w *watch) due(now int64) bool {
-	if w.trimmed { // what came back is what is in use
-		w.base, w.trimmed = now, false
-	}
 	isQuiet := now-w.last <= quiet
 	w.last = now
-	w.trimmed = isQuiet && now-w.base >= worth
-	return w.trimmed
+	if w.rest > 0 {
+		if w.rest == rest { // what came back by now is what is in use
+			w.base = now
+		}
+		w.rest--
+		return false
+	}
+	if !isQuiet || now-w.base < worth {
+		return false
+	}
+	w.rest = rest
+	return true
 }
 
 func faults() int64 {

@@ -45,14 +45,16 @@ func TestDue(t *testing.T) {
 		faults int64
 		want   bool
 	}
+	const no, yes = false, true
 	for name, looks := range map[string][]look{
-		"start-up over":       {{2000, false}, {2003, true}},
-		"still starting":      {{2000, false}, {2100, false}, {2500, false}, {2501, true}},
-		"came back, in use":   {{2000, false}, {2003, true}, {2103, false}, {2104, false}, {2105, false}},
-		"drifts up":           {{2000, false}, {2000, true}, {2100, false}, {2116, false}, {2132, false}, {2148, false}, {2164, true}},
-		"a burst later":       {{2000, false}, {2000, true}, {2060, false}, {2060, false}, {2900, false}, {2900, true}},
-		"nothing to give":     {{40, false}, {42, false}, {42, false}},
-		"faults not readable": {{0, false}, {0, false}},
+		"start-up over":    {{2000, no}, {2003, yes}},
+		"still starting":   {{2000, no}, {2100, no}, {2500, no}, {2501, yes}},
+		"came back in use": {{2000, no}, {2003, yes}, {2103, no}, {2103, no}, {2104, no}, {2105, no}, {2105, no}, {2105, no}, {2105, no}, {2105, no}},
+		"drifts up":        {{2000, no}, {2000, yes}, {2100, no}, {2105, no}, {2110, no}, {2115, no}, {2120, no}, {2125, no}, {2130, no}, {2135, yes}},
+		"rests":            {{2000, no}, {2000, yes}, {2000, no}, {2900, no}, {2900, no}, {2900, no}, {2900, no}, {2900, no}, {2900, yes}},
+		"a burst later":    {{2000, no}, {2000, yes}, {2060, no}, {2060, no}, {2060, no}, {2060, no}, {2060, no}, {2060, no}, {2900, no}, {2900, yes}},
+		"nothing to give":  {{30, no}, {31, no}, {31, no}},
+		"not readable":     {{0, no}, {0, no}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var w watch
