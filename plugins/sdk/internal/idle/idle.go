@@ -33,20 +33,23 @@ import (
 )
 
 // A page mapped is a fault counted, so faults say both that a process is busy
-// in a new way and what there is to give back. One that is busy in the same
-// way all the time has no faults, gives back once, and has the same few again.
+// in a new way and what there may be to give back. What it does now and then
+// comes back each time, so the pauses between one time and the next grow until
+// there is a burst of something else.
 const (
 	interval = 5 * time.Second
-	quiet    = 16 // faults in an interval: nothing new is happening
-	worth    = 32 // faults since last time, up to 64 KiB each: 2 MiB
-	rest     = 6  // intervals between one time and the next, at least
+	quiet    = 16  // faults in an interval: nothing new is happening
+	worth    = 32  // faults since last time, up to 64 KiB each: 2 MiB
+	burst    = 100 // faults in an interval: not idling
+	pause    = 6   // intervals from one time to the next, doubled up to
+	maxPause = 120
 )
 
 // Run gives memory back each time the process has gone quiet, until ctx ends.
 func Run(ctx context.Context) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	var w watch
+	w := watch{pause: pause}
 	for {
 		select {
 		case <-ctx.Done():
@@ -61,25 +64,24 @@ func Run(ctx context.Context) {
 
 // watch decides when memory is given back.
 type watch struct {
-	last int64 // faults at the last look
-	base int64 // faults once the last time's own were over
-	rest int   // looks until base is known, then until the next time may come
+	last, base  int64 // faults at the last look, and when memory was given back last
+	wait, pause int   // looks to let pass now, and after the next time
 }
 
 func (w *watch) due(now int64) bool {
-	isQuiet := now-w.last <= quiet
+	since, cameBack := now-w.last, w.last == w.base
 	w.last = now
-	if w.rest > 0 {
-		if w.rest == rest { // what came back by now is what is in use
-			w.base = now
-		}
-		w.rest--
+	if since >= burst && !cameBack {
+		w.wait, w.pause = min(w.wait, pause), pause
+	}
+	if w.wait > 0 {
+		w.wait--
 		return false
 	}
-	if !isQuiet || now-w.base < worth {
+	if since > quiet || now-w.base < worth {
 		return false
 	}
-	w.rest = rest
+	w.base, w.wait, w.pause = now, w.pause, min(w.pause*2, maxPause)
 	return true
 }
 

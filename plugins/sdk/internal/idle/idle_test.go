@@ -41,27 +41,39 @@ Anonymous:             0 kB
 }
 
 func TestDue(t *testing.T) {
-	type look struct {
+	// Each step is looks that see so many more faults each.
+	type step struct {
+		looks  int
 		faults int64
-		want   bool
 	}
-	const no, yes = false, true
-	for name, looks := range map[string][]look{
-		"start-up over":    {{2000, no}, {2003, yes}},
-		"still starting":   {{2000, no}, {2100, no}, {2500, no}, {2501, yes}},
-		"came back in use": {{2000, no}, {2003, yes}, {2103, no}, {2103, no}, {2104, no}, {2105, no}, {2105, no}, {2105, no}, {2105, no}, {2105, no}},
-		"drifts up":        {{2000, no}, {2000, yes}, {2100, no}, {2105, no}, {2110, no}, {2115, no}, {2120, no}, {2125, no}, {2130, no}, {2135, yes}},
-		"rests":            {{2000, no}, {2000, yes}, {2000, no}, {2900, no}, {2900, no}, {2900, no}, {2900, no}, {2900, no}, {2900, yes}},
-		"a burst later":    {{2000, no}, {2000, yes}, {2060, no}, {2060, no}, {2060, no}, {2060, no}, {2060, no}, {2060, no}, {2900, no}, {2900, yes}},
-		"nothing to give":  {{30, no}, {31, no}, {31, no}},
-		"not readable":     {{0, no}, {0, no}},
+	for name, c := range map[string]struct {
+		steps []step
+		want  []int // the looks at which memory is given back
+	}{
+		"start-up over":   {[]step{{1, 2000}, {1, 3}}, []int{1}},
+		"still starting":  {[]step{{4, 200}, {1, 0}}, []int{4}},
+		"all in use":      {[]step{{1, 2000}, {1, 0}, {1, 20}, {200, 0}}, []int{1}},
+		"comes back":      {[]step{{1, 400}, {1, 0}, {300, 8}}, []int{1, 8, 21, 46, 95, 192}},
+		"at once, always": {[]step{{1, 400}, {1, 0}, {1, 400}, {6, 0}, {1, 400}, {12, 0}, {1, 400}, {30, 0}}, []int{1, 8, 21, 46}},
+		"a burst later":   {[]step{{1, 2000}, {1, 0}, {40, 5}, {1, 900}, {20, 0}}, []int{1, 8, 21, 46}},
+		"never quiet":     {[]step{{100, 17}}, nil},
+		"nothing to give": {[]step{{1, 31}, {10, 0}}, nil},
+		"not readable":    {[]step{{10, 0}}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var w watch
-			for i, l := range looks {
-				if got := w.due(l.faults); got != l.want {
-					t.Fatalf("look %d, %d faults: due %t, want %t", i, l.faults, got, l.want)
+			w, look, now := watch{pause: pause}, 0, int64(0)
+			var got []int
+			for _, s := range c.steps {
+				for range s.looks {
+					now += s.faults
+					if w.due(now) {
+						got = append(got, look)
+					}
+					look++
 				}
+			}
+			if d := cmp.Diff(c.want, got); d != "" {
+				t.Error(d)
 			}
 		})
 	}
