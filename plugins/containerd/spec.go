@@ -98,22 +98,6 @@ func (p *plan) process(s *oci.Spec) {
 	}
 }
 
-// user resolves names in the image's own /etc/passwd and /etc/group.
-func (p *plan) user() oci.SpecOpts {
-	name := p.q.Spec.User
-	if name == "" {
-		name = p.config.Config.User
-	}
-	return func(ctx context.Context, c oci.Client, rec *containers.Container, s *oci.Spec) error {
-		if name != "" {
-			if err := oci.WithUser(name)(ctx, c, rec, s); err != nil {
-				return sdk.Errorf(sdk.Invalid, "", "user %q: %w", name, err).WithHint("name a user of the image's /etc/passwd, or a number")
-			}
-		}
-		return oci.WithAdditionalGIDs(fmt.Sprint(s.Process.User.UID))(ctx, c, rec, s)
-	}
-}
-
 func (p *plan) capabilities() []oci.SpecOpts {
 	s := p.q.Spec
 	all := func(names []string) bool {

@@ -23,6 +23,7 @@ import (
 	"github.com/belay-edge/belay/agent/internal/system"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
+	pluginhost "github.com/belay-edge/belay/plugins/sdk/host"
 )
 
 // Shutdown: the loop ends its calls, then the plugins end. The unit's
@@ -186,6 +187,10 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 	g.start("plugin changes", d.runtimes.run)
 	g.start("facts", d.keepFacts)
 	g.start("local API", api.Run)
+	g.start("memory", func(ctx context.Context) error {
+		pluginhost.GiveBackMemory(ctx)
+		return nil
+	})
 	g.start("watchdog", func(ctx context.Context) error { return d.beReady(ctx) })
 	<-g.ctx.Done()
 	notify(d.log, daemon.SdNotifyStopping)
