@@ -187,32 +187,6 @@ func (e *engine) execInspect(ctx context.Context, id string) (*execed, error) {
 	return &x, e.call(ctx, request{method: http.MethodGet, path: "/exec/" + id + "/json"}, &x)
 }
 
-// usage is what is used of GET /containers/ID/stats.
-type usage struct {
-	CPU struct {
-		Usage struct {
-			Total uint64 `json:"total_usage"`
-		} `json:"cpu_usage"`
-	} `json:"cpu_stats"`
-	Memory struct {
-		Usage uint64            `json:"usage"`
-		Limit uint64            `json:"limit"`
-		Stats map[string]uint64 `json:"stats"`
-	} `json:"memory_stats"`
-	Pids struct {
-		Current uint64 `json:"current"`
-	} `json:"pids_stats"`
-}
-
-func (e *engine) stats(ctx context.Context, name string) (*usage, error) {
-	q := url.Values{"stream": {"0"}}
-	if e.has("1.41") {
-		q.Set("one-shot", "1") // older daemons measure twice, a second apart
-	}
-	var u usage
-	return &u, e.call(ctx, request{method: http.MethodGet, path: "/containers/" + name + "/stats", query: q}, &u)
-}
-
 // imageExists tells whether a reference by digest is here.
 func (e *engine) imageExists(ctx context.Context, ref string) (bool, error) {
 	err := e.call(ctx, request{method: http.MethodGet, path: "/images/" + ref + "/json"}, &struct{}{})

@@ -280,4 +280,3 @@ func isAway(err error) bool {
 func jobOf(name string, labels map[string]string) job {
 	return job{Name: name, Stdout: targetFrom(labels[labelStdout]), Stderr: targetFrom(labels[labelStderr])}
 }
-

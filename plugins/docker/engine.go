@@ -221,10 +221,3 @@ func parseVersion(v string) (major, minor int) {
 	minor, _ = strconv.Atoi(b)
 	return major, minor
 }
-
-// has tells whether the agreed API has what came with a version.
-func (e *engine) has(version string) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.version != "" && !versionLess(e.version, version)
-}

@@ -31,7 +31,9 @@ func (r *Runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(make([]byte, 4<<10), mostEvent)
 	for lines.Scan() {
-		var e struct{ Actor struct{ Attributes map[string]string } }
+		var e struct {
+			Actor struct{ Attributes map[string]string }
+		}
 		if json.Unmarshal(lines.Bytes(), &e) != nil {
 			continue
 		}

@@ -223,12 +223,3 @@ func (t *tailBuffer) bytes() []byte {
 	defer t.mu.Unlock()
 	return append([]byte(nil), t.buf...)
 }
-
-// hostMemory is the device's memory in bytes.
-func hostMemory() uint64 {
-	var i syscall.Sysinfo_t
-	if syscall.Sysinfo(&i) != nil {
-		return 0
-	}
-	return uint64(i.Totalram) * uint64(i.Unit)
-}

@@ -144,20 +144,9 @@ func (r *Runtime) Stats(ctx context.Context, a sdk.Attempt) (sdk.Stats, error) {
 	if h.container.State != sdk.StateRunning {
 		return sdk.Stats{}, sdk.Errorf(sdk.NotFound, op, "it is not running")
 	}
-	u, err := r.engine.stats(ctx, h.name)
+	s, err := usage(h.container.PID)
 	if err != nil {
-		return sdk.Stats{}, r.fail(op, err)
-	}
-	s := sdk.Stats{CPUNanos: u.CPU.Usage.Total, MemoryBytes: u.Memory.Usage, Pids: u.Pids.Current}
-	for _, cache := range []string{"total_inactive_file", "inactive_file"} { // v1, v2
-		if n, ok := u.Memory.Stats[cache]; ok && n < s.MemoryBytes {
-			s.MemoryBytes -= n
-			break
-		}
-	}
-	// Without a limit the daemon says the device's memory.
-	if u.Memory.Limit > 0 && u.Memory.Limit < hostMemory() {
-		s.MemoryLimitBytes = u.Memory.Limit
+		return sdk.Stats{}, sdk.Errorf(sdk.NotFound, op, "its cgroup is gone: %w", err)
 	}
 	return s, nil
 }
