@@ -65,14 +65,13 @@ type copying struct {
 }
 
 type stream struct {
-	f         *os.File // nil: nowhere, what comes is dropped
-	fifo      bool
-	at        int64  // bytes copied
-	seen      int64  // bytes of this reading of the log
-	cut       bool   // the last frame ended without a newline
-	cutAt     string // and was of this time
-	buf       []byte
-	lastWrite time.Time
+	f     *os.File // nil: nowhere, what comes is dropped
+	fifo  bool
+	at    int64  // bytes copied
+	seen  int64  // bytes of this reading of the log
+	cut   bool   // the last frame ended without a newline
+	cutAt string // and was of this time
+	buf   []byte
 }
 
 // isDone tells whether all of an attempt's output has been copied.
@@ -189,9 +188,9 @@ func (c *copying) frames(ctx context.Context, in *bufio.Reader, tty bool) error 
 			}
 		}
 		if tty {
-			b, err := in.Peek(1)
+			_, err := in.Peek(1)
 			if err == nil {
-				b, _ = in.Peek(in.Buffered())
+				b, _ := in.Peek(in.Buffered())
 				if err := c.put(ctx, &c.out[0], b); err != nil {
 					return err
 				}
