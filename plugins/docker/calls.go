@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 )
 
 // daemonInfo is what is used of GET /info.
@@ -72,7 +73,7 @@ type inspected struct {
 
 // started tells whether the program has ever run.
 func (c *inspected) started() bool {
-	return c.State.Running || c.State.StartedAt != "" && c.State.StartedAt[:4] != "0001"
+	return c.State.Running || c.State.StartedAt != "" && !strings.HasPrefix(c.State.StartedAt, "0001-")
 }
 
 func (e *engine) info(ctx context.Context) (*daemonInfo, error) {

@@ -251,7 +251,7 @@ func (r *registry) get(ctx context.Context, base, path, what string) ([]byte, er
 			return nil, err
 		}
 		q.Header.Set("Accept", accepted)
-		if r.token != "" && strings.HasSuffix(base, "//"+q.URL.Host) {
+		if r.token != "" {
 			q.Header.Set("Authorization", r.token)
 		}
 		resp, err := r.http.Do(q)
@@ -285,7 +285,7 @@ func (r *registry) get(ctx context.Context, base, path, what string) ([]byte, er
 // authorize does what a challenge asks: basic, or a token from its realm. The
 // credentials go to the registry of the reference, never to a mirror of it.
 func (r *registry) authorize(ctx context.Context, base, challenge string) error {
-	ours := r.creds != nil && !slices.Contains(r.bases[:max(0, slices.Index(r.bases, base))], base) && !r.isMirror(base)
+	ours := r.creds != nil && !r.isMirror(base)
 	scheme, rest, _ := strings.Cut(challenge, " ")
 	if strings.EqualFold(scheme, "basic") {
 		if !ours {
