@@ -7,7 +7,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GOARCH  ?= $(shell go env GOARCH)
 BIN     ?= bin
 MODULES := . plugins/sdk
-PLUGINS := containerd edgetpu process
+PLUGINS := containerd docker edgetpu process
 
 # Lint uses the build's flags, so that nothing is compiled twice for it.
 FLAGS   = -buildvcs=false -trimpath -tags=grpcnotrace

@@ -20,6 +20,7 @@ needed() {
 		containerd-shim-runc-v2  containerd
 		runc                     runc
 		iptables                 iptables
+		dockerd                  docker.io
 		docker-registry          docker-registry
 		ps                       procps
 		ip                       iproute2
