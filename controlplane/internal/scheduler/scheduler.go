@@ -138,8 +138,11 @@ func refuseRuntime(plugins []controlplane.PluginInfo, d controlplane.Demand) str
 			return fmt.Sprintf("its runtime plugin %q is %s: %s", pl.Name, pl.State, pl.LastError)
 		case !up:
 			return fmt.Sprintf("its runtime plugin %q is %s", pl.Name, pl.State)
+		case len(pl.Networks) == 0:
+			// Every runtime has one, and tells as soon as its daemon answers.
+			return fmt.Sprintf("its runtime plugin %q is up, but what it works with is not there or does not answer", pl.Name)
 		case d.Network != "" && !slices.Contains(pl.Networks, d.Network):
-			return fmt.Sprintf("its runtime plugin %q does networks %s, not %q", pl.Name, cmp.Or(strings.Join(pl.Networks, ", "), "not at all"), d.Network)
+			return fmt.Sprintf("its runtime plugin %q does networks %s, not %q", pl.Name, strings.Join(pl.Networks, ", "), d.Network)
 		}
 		return ""
 	}

@@ -41,6 +41,7 @@ func TestPlaceRefusals(t *testing.T) {
 			p := &c.Facts.Plugins[0]
 			p.State, p.LastError, p.Networks = "failed", "no socket", nil
 		}, "RUNTIME", "failed: no socket"},
+		{"runtime without its daemon", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Networks = nil }, "RUNTIME", "is not there or does not answer"},
 		{"plugin quarantined", func(c *controlplane.Candidate) {
 			c.Facts.Plugins[0].State, c.Facts.Plugins[0].LastError = "quarantined", "crashed 5 times"
 		}, "RUNTIME", "quarantined: crashed 5 times"},
