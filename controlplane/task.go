@@ -110,16 +110,20 @@ func (p *Plane) place(n NewTasks) (*change, []Task, []PlacementFailure, error) {
 	if err != nil {
 		return nil, nil, nil, Errorf(Precondition, "task definition %s:%d is not valid for this version, register it anew: %w", d.V.Family, d.V.Revision, err)
 	}
-	instances, bindings, err := p.snapshot(n)
+	instances, bindings, running, err := p.snapshot(n)
 	if err != nil {
 		return nil, nil, nil, err
 	}
 	demand := td.Demand()
 	want := Placement{Demand: demand, Count: n.Count}
+	if want.Constraints, err = td.Constraints(); err != nil {
+		return nil, nil, nil, err
+	}
 	for id, e := range instances {
 		_, connected := p.tunnels.Session(id)
 		want.Candidates = append(want.Candidates, Candidate{
 			ID: id, Connected: connected, Facts: e.V.Facts, Used: used(e.V, bindings[id].V),
+			Attributes: e.V.Attributes, AgentVersion: e.V.AgentVersion, RegisteredAt: e.V.RegisteredAt, Running: running[id],
 		})
 	}
 	// In a fixed order, so that the choice depends on nothing but the dice.
@@ -191,18 +195,19 @@ func planned(spec *wire.TaskSpec) (cs []ContainerStatus) {
 	return cs
 }
 
-// snapshot is the instances the tasks may go to, with their bindings.
-func (p *Plane) snapshot(n NewTasks) (instances map[string]entry[Instance], bindings map[string]entry[Bindings], err error) {
+// snapshot is the instances the tasks may go to, with their bindings and how
+// many tasks are running there.
+func (p *Plane) snapshot(n NewTasks) (instances map[string]entry[Instance], bindings map[string]entry[Bindings], running map[string]int, err error) {
 	if _, ok := p.cluster(n.Cluster); !ok {
-		return nil, nil, noCluster(n.Cluster)
+		return nil, nil, nil, noCluster(n.Cluster)
 	}
 	only := ""
 	if n.Instance != "" {
 		if only, err = p.findInstance(n.Instance); err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 	}
-	instances, bindings = map[string]entry[Instance]{}, map[string]entry[Bindings]{}
+	instances, bindings, running = map[string]entry[Instance]{}, map[string]entry[Bindings]{}, map[string]int{}
 	p.state.read(func(r *records, _ int64) {
 		for id, e := range r.instances {
 			switch {
@@ -216,10 +221,14 @@ func (p *Plane) snapshot(n NewTasks) (instances map[string]entry[Instance], bind
 				return
 			case e.V.Status == InstanceActive && e.V.Cluster == n.Cluster:
 				instances[id], bindings[id] = e, r.bindings[id]
+				for task := range r.onInstance[id] {
+					is, _ := r.tasks[task].V.phase()
+					running[id] += is
+				}
 			}
 		}
 	})
-	return instances, bindings, err
+	return instances, bindings, running, err
 }
 
 // StopTask wishes a task stopped. The device does it; the answer does not

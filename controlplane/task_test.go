@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -71,6 +72,46 @@ func TestTaskLife(t *testing.T) {
 
 	// Another's task is not its to report.
 	wantCode(t, f.ReportTask(t.Context(), f.device(t, 2).ID, &wire.TaskStatus{TaskId: task.ID, LastStatus: "RUNNING"}), controlplane.NotFound)
+}
+
+// A definition's constraints choose among devices by what operators and the
+// devices themselves say, and an instance named by hand must meet them too.
+func TestPlacementConstraints(t *testing.T) {
+	f := newPlane(t)
+	enrol := func(n int, site string) controlplane.Instance {
+		code := f.activation(t, controlplane.NewActivation{Attributes: map[string]string{"site": site}})
+		i, _, err := f.Enroll(t.Context(), enrollment(code, n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+	lab, shed := enrol(1, "lab"), enrol(2, "shed")
+	f.register(t, `{"family":"idle","belay":{"runtime":"process"},"containerDefinitions":[{"name":"s","command":["/bin/sleep","600"]}],
+		"placementConstraints":[{"type":"memberOf","expression":"attribute:site in [shed, barn] and attribute:belay.arch == amd64"},
+		{"type":"memberOf","expression":"runningTasksCount < 1"}]}`)
+	task := f.run(t, controlplane.NewTasks{TaskDefinition: "idle"})[0]
+	if task.Instance != shed.ID {
+		t.Errorf("placed on %s, want %s", task.Instance, shed.ID)
+	}
+	refused := func(n controlplane.NewTasks, want ...string) {
+		t.Helper()
+		ts, failures, _, err := f.RunTask(t.Context(), n)
+		if err != nil || len(ts) != 0 || len(failures) != len(want) {
+			t.Fatal(ts, failures, err)
+		}
+		for _, failure := range failures {
+			if failure.Reason != controlplane.ReasonConstraint || !slices.Contains(want, failure.Instance+" "+failure.Detail) {
+				t.Errorf("failure %+v, want one of %q", failure, want)
+			}
+		}
+	}
+	notInShed := lab.ID + ` attribute:site in [shed, barn]: it is "lab"`
+	refused(controlplane.NewTasks{TaskDefinition: "idle", Instance: lab.ID}, notInShed)
+	// A task that is only on its way does not count as running, as in ECS.
+	f.run(t, controlplane.NewTasks{TaskDefinition: "idle"})
+	f.report(t, task, &wire.TaskStatus{LastStatus: "RUNNING"})
+	refused(controlplane.NewTasks{TaskDefinition: "idle"}, notInShed, shed.ID+` runningTasksCount < 1: it is "1"`)
 }
 
 // A task that ended by itself, which nobody wished to stop, is never wished

@@ -5,6 +5,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/belay-edge/belay/controlplane/wire/query"
 )
 
 // Limits of ECS that hold here too.
@@ -151,6 +153,13 @@ func (c *taskDefinitionCheck) placement() {
 		path := fmt.Sprintf("placementConstraints[%d]", i)
 		c.required(path+".type", p.Type)
 		c.oneOf(path+".type", p.Type, "memberOf")
+		c.required(path+".expression", p.Expression)
+		if p.Expression == "" || c.broken(path+".expression") {
+			continue
+		}
+		if _, err := query.Parse(p.Expression, ConstraintSubjects()...); err != nil {
+			c.problem(path+".expression", "%s", err)
+		}
 	}
 }
 

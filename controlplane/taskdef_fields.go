@@ -1,6 +1,9 @@
 package controlplane
 
-import "slices"
+import (
+	"slices"
+	"strings"
+)
 
 // Treatment is what becomes of a field of a task definition.
 type Treatment string
@@ -98,8 +101,9 @@ func taskFields() []FieldRule {
 		honoured("LINUX; Windows families are refused", "runtimePlatform.operatingSystemFamily"),
 		honoured("checked; a definition runs on enrolled devices whatever it lists, and FARGATE or MANAGED_INSTANCES alone is warned about", "requiresCompatibilities"),
 		honoured("", "tags", "tags[].key", "tags[].value"),
-		kept("tasks are placed without looking at constraints; run them with an instance id to choose",
-			"placementConstraints", "placementConstraints[].type", "placementConstraints[].expression"),
+		honoured("", "placementConstraints"),
+		honoured("memberOf", "placementConstraints[].type"),
+		honoured("see [the query language](query-language.md); besides attributes, "+strings.Join(ConstraintSubjects(), ", ")+"; task:group is refused", "placementConstraints[].expression"),
 		kept("there are no cloud roles on a device: the containers get no credentials", "taskRoleArn"),
 		kept("nothing is done in this role's name: images are pulled with the device's own registry credentials", "executionRoleArn"),
 		kept("a task can use the device's free disk, no more and no less", "ephemeralStorage", "ephemeralStorage.sizeInGiB"),

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/controlplane/wire/query"
 )
 
 // RuntimeName is the plugin that runs the task.
@@ -39,6 +40,19 @@ func (td *TaskDefinition) Architecture() string {
 		}
 	}
 	return ""
+}
+
+// Constraints are the expressions that must hold for an instance the task is
+// placed on.
+func (td *TaskDefinition) Constraints() (es []query.Expr, err error) {
+	for _, p := range td.PlacementConstraints {
+		e, err := query.Parse(p.Expression, ConstraintSubjects()...)
+		if err != nil {
+			return nil, Errorf(InvalidArgument, "placement constraint: %w", err)
+		}
+		es = append(es, e)
+	}
+	return es, nil
 }
 
 // IsEssential tells whether the container's end is the task's.

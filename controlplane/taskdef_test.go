@@ -160,6 +160,15 @@ func TestRules(t *testing.T) {
 		{"efs", task(`"volumes":[{"name":"v","efsVolumeConfiguration":{"fileSystemId":"x"}}]`), "EFS is storage in a cloud"},
 		{"refused, wrong case", with(`"Secrets":[]`), `did you mean "secrets"?`},
 		{"tag", task(`"tags":[{"key":"aws:x"}]`), "is reserved"},
+		{"constraint type", task(`"placementConstraints":[{"type":"distinctInstance"}]`), `placementConstraints[0].type: is "distinctInstance"; it must be memberOf`},
+		{"constraint without expression", task(`"placementConstraints":[{"type":"memberOf"}]`), `placementConstraints[0].expression: is required`},
+		{"constraint's place", task("\"placementConstraints\":[{\"type\":\"memberOf\",\"expression\":\"attribute:a exists\"},\n{\"type\":\"memberOf\",\n\"expression\":\"attribute:site = lab\"}]"),
+			`line 3: placementConstraints[1].expression: at character 16, near "= lab": found "=", did you mean "=="?; expected an operator after "attribute:site": ==, !=`},
+		{"constraint's pattern", task(`"placementConstraints":[{"type":"memberOf","expression":"attribute:a =~ [b"}]`), `placementConstraints[0].expression: at character 16, near "[b": the pattern is not valid: missing closing ]`},
+		{"constraint's subject", task(`"placementConstraints":[{"type":"memberOf","expression":"task:group == web"}]`),
+			`at character 1, near "task:group == web": unknown subject "task:group"; known are attribute:NAME, agentConnected, agentVersion, ec2InstanceId, registeredAt, runningTasksCount`},
+		{"constraint of the wrong kind", task(`"placementConstraints":[{"type":"memberOf","expression":1}]`), `placementConstraints[0].expression: must be a string, not the number 1`},
+		{"eleven constraints", task(`"placementConstraints":[` + strings.TrimSuffix(strings.Repeat(`{"type":"memberOf","expression":"attribute:a exists"},`, 11), ",") + `]`), "has 11 constraints; at most 10 are allowed"},
 		{"compatibility", task(`"requiresCompatibilities":["EXTERNALS"]`), "requiresCompatibilities[0]: is"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -172,6 +181,40 @@ func TestRules(t *testing.T) {
 				t.Errorf("problems:\n%s\nwant among them: %s", err, tc.want)
 			}
 		})
+	}
+}
+
+// What is wrong with a constraint is told once.
+func TestOneProblemAConstraint(t *testing.T) {
+	for _, constraint := range []string{`{"type":"memberOf","expression":7}`, `{"type":"memberOf"}`, `{"type":"memberOf","expression":""}`, `{"type":"memberOf","expression":"x"}`} {
+		_, _, err := DecodeTaskDefinition([]byte(`{"family":"f","placementConstraints":[` + constraint + `],"containerDefinitions":[{"name":"c","image":"i"}]}`))
+		var de *DocumentError
+		if !errors.As(err, &de) || len(de.Problems) != 1 {
+			t.Errorf("%s: %v, want one problem", constraint, err)
+		}
+	}
+}
+
+func TestConstraints(t *testing.T) {
+	td, warnings := decode(t, `{"family":"f","containerDefinitions":[{"name":"c","image":"i"}],"placementConstraints":[
+		{"type":"memberOf","expression":"attribute:ecs.os-type==linux"},{"type":"memberOf","expression":"runningTasksCount < 3 && !(attribute:a exists)"}]}`)
+	if warnings != nil {
+		t.Errorf("warnings: %q", warnings)
+	}
+	es, err := td.Constraints()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range es {
+		got = append(got, e.String())
+	}
+	if diff := cmp.Diff([]string{"attribute:ecs.os-type == linux", "runningTasksCount < 3 and not attribute:a exists"}, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	// The document keeps what was written.
+	if !strings.Contains(string(td.Canonical()), `"expression":"attribute:ecs.os-type==linux"`) {
+		t.Errorf("canonical: %s", td.Canonical())
 	}
 }
 

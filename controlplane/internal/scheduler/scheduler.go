@@ -24,7 +24,7 @@ func Place(p controlplane.Placement, r *rand.Rand) (instances []string, failures
 	candidates := slices.Clone(p.Candidates)
 	fit := make([]int, 0, len(candidates))
 	for i := range candidates {
-		if refuse(&candidates[i], p.Demand) == nil {
+		if unsuitable(&candidates[i], p) == nil && refuse(&candidates[i], p.Demand) == nil {
 			fit = append(fit, i)
 		}
 	}
@@ -48,11 +48,27 @@ func Place(p controlplane.Placement, r *rand.Rand) (instances []string, failures
 		}}
 	}
 	for i := range candidates {
-		if f := refuse(&candidates[i], p.Demand); f != nil && len(failures) < maxFailures {
+		f := unsuitable(&candidates[i], p)
+		if f == nil {
+			f = refuse(&candidates[i], p.Demand)
+		}
+		if f != nil && len(failures) < maxFailures {
 			failures = append(failures, *f)
 		}
 	}
 	return instances, failures
+}
+
+// unsuitable says which of the placement's constraints does not hold for c; nil:
+// all do. No task that is placed changes that.
+func unsuitable(c *controlplane.Candidate, p controlplane.Placement) *controlplane.PlacementFailure {
+	lookup := c.Lookup()
+	for _, e := range p.Constraints {
+		if !e.Match(lookup) {
+			return &controlplane.PlacementFailure{Reason: controlplane.ReasonConstraint, Instance: c.ID, Detail: e.Explain(lookup)}
+		}
+	}
+	return nil
 }
 
 func take(c *controlplane.Candidate, d controlplane.Demand) {

@@ -4,10 +4,12 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/belay-edge/belay/controlplane"
+	"github.com/belay-edge/belay/controlplane/wire/query"
 )
 
 func candidate(id string, change func(*controlplane.Candidate)) controlplane.Candidate {
@@ -66,6 +68,63 @@ func TestPlaceRefusals(t *testing.T) {
 			}
 			if len(got) != 0 || len(failures) != 1 || failures[0].Reason != c.reason || failures[0].Instance != "a" || !strings.Contains(failures[0].Detail, c.detail) {
 				t.Errorf("placed on %v, failures %+v; want %s: %s", got, failures, c.reason, c.detail)
+			}
+		})
+	}
+}
+
+func TestPlaceWithConstraints(t *testing.T) {
+	lab := candidate("lab", func(c *controlplane.Candidate) {
+		c.Attributes = map[string]string{"site": "lab", "belay.arch": "forged"}
+		c.AgentVersion, c.Running = "1.10.2", 3
+		c.RegisteredAt = time.Date(2026, 3, 1, 9, 0, 0, 0, time.FixedZone("", 3600))
+	})
+	shed := candidate("shed", func(c *controlplane.Candidate) {
+		c.Attributes, c.Connected = map[string]string{"site": "shed"}, false
+	})
+	for _, c := range []struct {
+		name        string
+		constraints []string
+		want        []controlplane.PlacementFailure // "": placed on lab
+	}{
+		{"none", nil, nil},
+		{"an operator's attribute", []string{"attribute:site == lab"}, nil},
+		{"what the device tells is not hidden", []string{"attribute:belay.arch == arm64"}, nil},
+		{"the version", []string{"agentVersion >= 1.9.0"}, nil},
+		{"the time", []string{"registeredAt < 2026-03-01T08:00:01Z and registeredAt > 2026-03-01T07:59:59"}, nil},
+		{"the tasks", []string{"runningTasksCount == 3 and agentConnected == true"}, nil},
+		{"all must hold", []string{"attribute:site == lab", "attribute:gpu exists"}, []controlplane.PlacementFailure{
+			{Reason: controlplane.ReasonConstraint, Instance: "lab", Detail: "attribute:gpu exists: it has no gpu"},
+			{Reason: controlplane.ReasonConstraint, Instance: "shed", Detail: `attribute:site == lab: it is "shed"`},
+		}},
+		{"one elsewhere, and not connected there", []string{"attribute:site == shed"}, []controlplane.PlacementFailure{
+			{Reason: controlplane.ReasonConstraint, Instance: "lab", Detail: `attribute:site == shed: it is "lab"`},
+			{Reason: controlplane.ReasonAgent, Instance: "shed", Detail: "its agent is not connected"},
+		}},
+		{"what no device is", []string{"ec2InstanceId == i-1"}, []controlplane.PlacementFailure{
+			{Reason: controlplane.ReasonConstraint, Instance: "lab", Detail: "ec2InstanceId == i-1: it has no ec2InstanceId"},
+			{Reason: controlplane.ReasonConstraint, Instance: "shed", Detail: "ec2InstanceId == i-1: it has no ec2InstanceId"},
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := controlplane.Placement{Count: 1, Demand: controlplane.Demand{Runtime: "containerd"}, Candidates: []controlplane.Candidate{lab, shed}}
+			for _, text := range c.constraints {
+				e, err := query.Parse(text, controlplane.ConstraintSubjects()...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p.Constraints = append(p.Constraints, e)
+			}
+			got, failures := Place(p, rand.New(rand.NewPCG(1, 2)))
+			var want []string
+			if c.want == nil {
+				want = []string{"lab"}
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("placed (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(c.want, failures); diff != "" {
+				t.Errorf("failures (-want +got):\n%s", diff)
 			}
 		})
 	}
