@@ -128,7 +128,7 @@ func (s *State) reconcile(t *Task, c *Container, claimed map[*Container]sdk.Cont
 	if seen.Attempt.Number > c.Number {
 		// Its record was lost: what runs is what counts.
 		c.clearRun()
-		c.Number, c.Phase, c.Removed = seen.Attempt.Number, phaseUnknown, false
+		c.Number, c.Phase, c.Removed, c.Devices = seen.Attempt.Number, phaseUnknown, false, nil
 		c.BootID, c.StartedAt = s.BootID, now
 	}
 	if c.Phase == phaseExited {

@@ -43,6 +43,9 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 			later(started + settleWait)
 			continue
 		}
+		if at := s.awaits(t, now); at != never {
+			later(at)
+		}
 		st := s.taskStatus(t)
 		if t.report.last != nil {
 			if sameReport(st, t.report.last, false) {
@@ -132,6 +135,9 @@ func (c *Container) status(t *Task) *wire.ContainerStatus {
 	if c.failure != "" {
 		st.Reason = c.failure
 	}
+	for _, d := range c.Devices {
+		st.Devices = append(st.Devices, &wire.DeviceRef{Plugin: d.Plugin, Id: d.ID})
+	}
 	return st
 }
 
@@ -187,6 +193,9 @@ func (s *State) note(t *Task) string {
 			if n := c.note(t); n != "" {
 				notes = append(notes, c.Spec.GetName()+": "+n)
 			}
+		}
+		if t.awaited.text != "" {
+			notes = append(notes, t.awaited.text)
 		}
 	}
 	return strings.Join(notes, "; ")
