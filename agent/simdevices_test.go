@@ -103,7 +103,7 @@ func (r *simRuntime) given(a sdk.Attempt, nodes []sdk.HostDevice) []string {
 // users counts what is there, running or not, and has a device.
 func (r *simRuntime) users(id string) (n int) {
 	for _, c := range r.containers {
-		if c.state != sdk.StateExited && slices.Contains(c.devices, id) {
+		if slices.Contains(c.devices, id) {
 			n++
 		}
 	}
