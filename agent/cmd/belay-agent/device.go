@@ -117,6 +117,16 @@ func (d *device) keepFacts(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	case <-d.runtimes.Settled():
+		// Nor should the devices look unplugged until the second word.
+		for heard := d.heard(); !heard; heard = heard || d.heard() {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-d.runtimes.devicesForFacts:
+			case <-settling.C:
+				heard = true
+			}
+		}
 	case <-settling.C:
 	}
 	last := d.told()

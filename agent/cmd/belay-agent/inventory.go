@@ -2,11 +2,13 @@ package main
 
 import (
 	"cmp"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
 
 	"github.com/belay-edge/belay/agent"
+	"github.com/belay-edge/belay/agent/internal/host"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -24,6 +26,15 @@ func (d *device) inventory() []*wire.DeviceFact {
 	facts, left := deviceFacts(d.runtimes.Inventory())
 	d.leftOut(left)
 	return facts
+}
+
+// heard says that every device plugin that is up has told what it found.
+func (d *device) heard() bool {
+	up := map[string]bool{}
+	for _, s := range d.runtimes.Status() {
+		up[s.Name] = s.State == host.Ready
+	}
+	return !slices.ContainsFunc(d.runtimes.Inventory(), func(p agent.PluginDevices) bool { return up[p.Plugin] && !p.Ready })
 }
 
 func deviceFacts(plugins []agent.PluginDevices) (facts []*wire.DeviceFact, left int) {
