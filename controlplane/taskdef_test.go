@@ -247,16 +247,39 @@ func TestWarningsNameTheConsequence(t *testing.T) {
 		"containerDefinitions":[{"name":"c","image":"i","versionConsistency":"enabled",
 			"environment":[{"name":"A","value":"1"},{"name":"A","value":"2"}],
 			"logConfiguration":{"logDriver":"awslogs","options":{"awslogs-group":"g"}},
-			"resourceRequirements":[{"type":"GPU","value":"1"}]}]}`)
+			"resourceRequirements":[{"type":"GPU","value":"1"},{"type":"NeuronDevice","value":"1"}]}]}`)
 	want := []string{
 		"taskRoleArn: kept, but has no effect: there are no cloud roles on a device: the containers get no credentials",
 		"containerDefinitions[0].logConfiguration: kept, but has no effect: no log driver is used: the device keeps the output, read it with `belay logs`; awsfirelens is refused",
-		"containerDefinitions[0].resourceRequirements: kept, but has no effect: no accelerator is given to the container",
 		"requiresCompatibilities: kept, but has no effect: tasks run on enrolled devices all the same",
 		`containerDefinitions[0].environment[1].name: "A" is given by environment[0] too: the last one counts`,
+		"containerDefinitions[0].resourceRequirements[1]: kept, but has no effect: no device plugin knows this sort of accelerator",
 	}
 	if diff := cmp.Diff(want, warnings); diff != "" {
 		t.Errorf("warnings (-want +got):\n%s", diff)
+	}
+}
+
+func TestDevicesAreAskedForInBothWords(t *testing.T) {
+	td, warnings := decode(t, `{"family":"f","containerDefinitions":[
+		{"name":"a","image":"i","resourceRequirements":[{"type":"GPU","value":"2"}],
+		 "belay":{"devices":[{"kind":"tpu"},{"kind":"camera","count":3,"where":"attribute:vendor == acme"}]}},
+		{"name":"b","image":"i"},
+		{"name":"c","image":"i","resourceRequirements":[{"type":"GPU","sharingStrategy":{"nvidiaMps":{"memory":1024}}}]}]}`)
+	want := []DeviceDemand{
+		{Container: "a", Requests: []DeviceRequest{{Kind: "gpu", Count: 2}, {Kind: "tpu", Count: 1}, {Kind: "camera", Count: 3, Where: "attribute:vendor == acme"}}},
+		{Container: "c", Requests: []DeviceRequest{{Kind: "gpu", Count: 1}}},
+	}
+	if diff := cmp.Diff(want, td.Demand().Devices); diff != "" {
+		t.Errorf("demand (-want +got):\n%s", diff)
+	}
+	spec := td.Spec()
+	got := spec.Containers[0].DeviceRequests
+	if len(got) != 3 || got[2].Kind != "camera" || got[2].Count != 3 || got[2].Where != "attribute:vendor == acme" || len(spec.Containers[1].DeviceRequests) != 0 {
+		t.Errorf("spec %v", got)
+	}
+	if len(warnings) != 1 || !strings.Contains(warnings[0], "without MPS") {
+		t.Errorf("warnings %q", warnings)
 	}
 }
 
