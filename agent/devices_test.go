@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -221,4 +223,119 @@ func TestWhatIsAwaitedIsDamped(t *testing.T) {
 	if wake := d.say("again", time.Hour+time.Second); d.text != "" || wake <= time.Hour+time.Second {
 		t.Errorf("told %q at once, wakes at %v", d.text, wake)
 	}
+}
+
+// bench is a device plugin whose inventory a test sets.
+type bench struct {
+	mu      sync.Mutex
+	found   []sdk.Device
+	edits   func(ids []string) error
+	asked   int
+	changes chan struct{}
+}
+
+func newBench() *bench { return &bench{changes: make(chan struct{}, 1)} }
+
+func (b *bench) set(found ...sdk.Device) {
+	b.mu.Lock()
+	b.found = found
+	b.mu.Unlock()
+	select {
+	case b.changes <- struct{}{}:
+	default:
+	}
+}
+
+func (b *bench) Inventory() []PluginDevices {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return []PluginDevices{{Plugin: "sim", Ready: true, Devices: b.found}}
+}
+func (b *bench) DeviceChanges() <-chan struct{}                             { return b.changes }
+func (b *bench) Device(string) (sdk.Devices, error)                         { return b, nil }
+func (b *bench) Watch(context.Context, func([]sdk.Device)) error            { return nil }
+func (b *bench) Stats(context.Context, []string) ([]sdk.DeviceStats, error) { return nil, nil }
+func (b *bench) Edits(_ context.Context, ids []string) (sdk.Edits, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.asked++
+	if b.edits != nil {
+		if err := b.edits(ids); err != nil {
+			return sdk.Edits{}, err
+		}
+	}
+	var e sdk.Edits
+	for _, id := range ids {
+		e.Devices = append(e.Devices, sdk.HostDevice{HostPath: "/dev/" + id})
+	}
+	return e, nil
+}
+
+// An inventory that flaps for an hour makes neither traffic nor writes of it,
+// and a task that waits past every other patience starts when it can.
+func TestAFlappingInventoryCostsLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		devices := newBench()
+		b := newBubble(t, 0.5, func(c *Config) { c.Devices = devices })
+		b.assign(running(&wire.TaskSpec{Containers: []*wire.Container{asks(essential("main"), &wire.DeviceRequest{Kind: "gpu", Count: 1})}}))
+		time.Sleep(time.Second)
+		if st := b.last(); st.GetLastStatus() != Pending || !strings.Contains(st.GetNote(), "no device of kind gpu") {
+			t.Fatalf("status %v", st)
+		}
+		for n := range 3600 {
+			devices.set(sdk.Device{ID: "gpu-0", Kind: "gpu", Reason: fmt.Sprint("flap ", n)})
+			time.Sleep(time.Second)
+		}
+		b.mu.Lock()
+		said := len(b.statuses[id(1)])
+		b.mu.Unlock()
+		if written := len(b.journal.records); said > 80 || written > 5 {
+			t.Errorf("an hour of it was told %d times and written %d times", said, written)
+		}
+		devices.set(sdk.Device{ID: "gpu-0", Kind: "gpu", Ready: true})
+		time.Sleep(time.Second)
+		st := b.last()
+		if st.GetLastStatus() != Running || len(st.GetContainers()[0].GetDevices()) != 1 || st.GetContainers()[0].GetDevices()[0].GetId() != "gpu-0" {
+			t.Errorf("status %v", st)
+		}
+
+		// Unplugged in use: its own affair.
+		devices.set()
+		time.Sleep(time.Minute)
+		if st := b.last(); st.GetLastStatus() != Running || st.GetNote() != "" {
+			t.Errorf("status %v", st)
+		}
+		if len(b.runtime.violations) > 0 {
+			t.Error(b.runtime.violations)
+		}
+	})
+}
+
+// A plugin that cannot say what its devices need is asked again, ever more
+// rarely and sooner when the inventory changes, and the task waits for ever.
+func TestEditsAreRetriedWithBackoff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		devices := newBench()
+		devices.set(sdk.Device{ID: "gpu-0", Kind: "gpu", Ready: true})
+		devices.edits = func([]string) error { return sdk.Errorf(sdk.Unavailable, "edits", "the firmware is loading") }
+		b := newBubble(t, 1, func(c *Config) { c.Devices = devices })
+		b.assign(running(&wire.TaskSpec{Containers: []*wire.Container{asks(essential("main"), &wire.DeviceRequest{Kind: "gpu", Count: 1})}}))
+		time.Sleep(time.Hour)
+		if st := b.last(); st.GetLastStatus() != Pending || !strings.Contains(st.GetNote(), "waiting for its devices, will try again: ") ||
+			!strings.Contains(st.GetNote(), "the firmware is loading") {
+			t.Fatalf("status %v", st)
+		}
+		devices.mu.Lock()
+		asked := devices.asked
+		devices.edits = nil
+		devices.mu.Unlock()
+		if asked > 70 || asked < 55 {
+			t.Errorf("asked %d times in an hour", asked)
+		}
+		devices.set(sdk.Device{ID: "gpu-0", Kind: "gpu", Ready: true, Attributes: map[string]string{"firmware": "2"}})
+		time.Sleep(2 * time.Second)
+		if st := b.last(); st.GetLastStatus() != Running {
+			t.Errorf("status %v", st)
+		}
+	})
 }
