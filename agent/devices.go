@@ -281,7 +281,11 @@ func (p *planner) deviceNote(t *Task, c *Container) string {
 	if a, ok := p.s.orphan(); ok {
 		return fmt.Sprintf("waiting for devices: container %s, which belongs to no known task, may hold them", a)
 	}
-	return "waiting for devices: " + p.s.pool().Explain(c.requests)
+	pool := p.s.pool()
+	if pool.Add(c.requests, nil) {
+		return "waiting for devices: others were first to ask for those that are free"
+	}
+	return "waiting for devices: " + pool.Explain(c.requests)
 }
 
 // orphan is a container that may hold any device.
@@ -325,17 +329,14 @@ func (d *damped) say(text string, now time.Duration) (wake time.Duration) {
 }
 
 // awaits brings up to date what a task says of the devices it waits for.
-func (s *State) awaits(t *Task, now time.Duration) (wake time.Duration) {
+func (p *planner) awaits(t *Task) (wake time.Duration) {
 	var notes []string
-	if slices.ContainsFunc(t.Containers, func(c *Container) bool { return len(c.requests) > 0 }) {
-		p := &planner{s: s, now: now, wake: never}
-		for _, c := range t.Containers {
-			if n := p.deviceNote(t, c); n != "" {
-				notes = append(notes, c.Spec.GetName()+": "+n)
-			}
+	for _, c := range t.Containers {
+		if n := p.deviceNote(t, c); n != "" {
+			notes = append(notes, c.Spec.GetName()+": "+n)
 		}
 	}
-	return t.awaited.say(strings.Join(notes, "; "), now)
+	return t.awaited.say(strings.Join(notes, "; "), p.now)
 }
 
 // editsTimeout bounds what one plugin takes to say what its devices need.

@@ -124,7 +124,7 @@ func TestPlanOfDevices(t *testing.T) {
 			if d := cmp.Diff(tc.want, got); d != "" {
 				t.Errorf("actions (-want +got):\n%s", d)
 			}
-			s.awaits(s.task("t"), now)
+			(&planner{s: s, now: now, wake: never}).awaits(s.task("t"))
 			if d := cmp.Diff(tc.note, s.note(s.task("t"))); d != "" {
 				t.Errorf("note (-want +got):\n%s", d)
 			}

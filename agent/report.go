@@ -35,6 +35,7 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 			wake = at
 		}
 	}
+	p := &planner{s: s, now: now, wake: never}
 	for _, t := range s.Tasks {
 		if t.removed() || t.Status == Stopped && t.Acked {
 			continue
@@ -43,7 +44,7 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 			later(started + settleWait)
 			continue
 		}
-		if at := s.awaits(t, now); at != never {
+		if at := p.awaits(t); at != never {
 			later(at)
 		}
 		st := s.taskStatus(t)

@@ -282,7 +282,7 @@ func TestDevices(t *testing.T) {
 }
 
 // A device that goes away between placement and start is waited for, with the
-// reason told, and a reboot of everything does not change whose it is.
+// reason told.
 func TestDevicesAreWaitedFor(t *testing.T) {
 	w := newTwins(t, "process")
 	// A task of the same definition is placed while the agent is away, and its
