@@ -25,6 +25,34 @@ type Runtimes interface {
 	Changes() <-chan string
 }
 
+// Devices tells what the device plugins found. It outlives any one plugin
+// process.
+type Devices interface {
+	// Inventory is the latest of every device plugin, by the plugin's name. A
+	// plugin that is down or being relaunched keeps what it last told, so that
+	// a relaunch does not look like unplugged hardware; one whose executable
+	// is gone is left out. The devices are shared: do not change them.
+	Inventory() []PluginDevices
+	// Device returns the devices of the plugin of that name; the answer stays
+	// good when the process is replaced. Errors: sdk.NotFound when there is no
+	// such device plugin, sdk.Unavailable while it is down.
+	Device(plugin string) (sdk.Devices, error)
+	// DeviceChanges receives when Inventory answers otherwise than before; a
+	// full channel drops, so it is a hint to look again. A plugin causes at
+	// most about one a second, however often its inventory changes.
+	DeviceChanges() <-chan struct{}
+}
+
+// PluginDevices is what one device plugin told.
+type PluginDevices struct {
+	Plugin string
+	// Ready: the plugin is up and these are its devices now. Otherwise they
+	// are the last known, perhaps none, and Error says why.
+	Ready   bool
+	Error   string
+	Devices []sdk.Device // by id
+}
+
 // Journal persists what the agent must not forget. Everything saved is on
 // stable storage when the call returns. Calls come from one goroutine.
 type Journal interface {
@@ -73,6 +101,9 @@ type AttemptRecord struct {
 	Digest    string `json:"digest,omitempty"`
 	// HostPorts are the chosen ports, in the order of the container's mappings.
 	HostPorts []int `json:"hostPorts,omitempty"`
+	// Devices are the ones the attempt has been given. An agent that knows none
+	// leaves them out: a record without them says nothing about devices.
+	Devices []DeviceRef `json:"devices,omitempty"`
 	// StartedAt is since boot BootID.
 	StartedAt time.Duration `json:"startedAt,omitempty"`
 	Started   bool          `json:"started,omitempty"` // the runtime has run it
@@ -85,6 +116,12 @@ type AttemptRecord struct {
 	RanFor   time.Duration `json:"ranFor,omitempty"`
 	Rebooted bool          `json:"rebooted,omitempty"` // ended by a reboot, not by itself
 	Removed  bool          `json:"removed,omitempty"`  // proven gone from the runtime
+}
+
+// DeviceRef names a device of a plugin.
+type DeviceRef struct {
+	Plugin string `json:"plugin"`
+	ID     string `json:"id"`
 }
 
 // StatusRecord is the task's observed status and why it stopped.

@@ -35,6 +35,7 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 			wake = at
 		}
 	}
+	p := &planner{s: s, now: now, wake: never}
 	for _, t := range s.Tasks {
 		if t.removed() || t.Status == Stopped && t.Acked {
 			continue
@@ -42,6 +43,9 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 		if now < started+settleWait && t.unsettled() {
 			later(started + settleWait)
 			continue
+		}
+		if at := p.awaits(t); at != never {
+			later(at)
 		}
 		st := s.taskStatus(t)
 		if t.report.last != nil {
@@ -136,6 +140,9 @@ func (c *Container) status(t *Task, boot string) *wire.ContainerStatus {
 	if c.failure != "" {
 		st.Reason = c.failure
 	}
+	for _, d := range c.Devices {
+		st.Devices = append(st.Devices, &wire.DeviceRef{Plugin: d.Plugin, Id: d.ID})
+	}
 	return st
 }
 
@@ -191,6 +198,9 @@ func (s *State) note(t *Task) string {
 			if n := c.note(t); n != "" {
 				notes = append(notes, c.Spec.GetName()+": "+n)
 			}
+		}
+		if t.awaited.text != "" {
+			notes = append(notes, t.awaited.text)
 		}
 	}
 	return strings.Join(notes, "; ")

@@ -125,7 +125,7 @@ func (p *Plane) place(n NewTasks) (*change, []Task, []PlacementFailure, error) {
 	for id, e := range instances {
 		_, connected := p.tunnels.Session(id)
 		want.Candidates = append(want.Candidates, Candidate{
-			ID: id, Connected: connected, Facts: e.V.Facts, Used: used(e.V, bindings[id].V),
+			ID: id, Connected: connected, Facts: e.V.Facts, Used: used(e.V, bindings[id].V), Capabilities: e.V.Capabilities,
 			Attributes: e.V.Attributes, AgentVersion: e.V.AgentVersion, RegisteredAt: e.V.RegisteredAt, Running: running[id],
 		})
 	}

@@ -67,7 +67,7 @@ func (p *plan) specOpts() []oci.SpecOpts {
 	if !s.Privileged && !p.security.unconfined && kernelseccomp.IsEnabled() {
 		opts = append(opts, seccomp.WithDefaultProfile())
 	}
-	return opts
+	return append(opts, p.granted()...)
 }
 
 // process is what runs, but for its user and environment.

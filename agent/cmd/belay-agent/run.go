@@ -100,7 +100,7 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		return err
 	}
 	d.agent, err = agent.New(agent.Config{
-		Runtimes: d.runtimes, Journal: journal, Saved: saved, Uplink: d.link,
+		Runtimes: d.runtimes, Devices: d.runtimes, Journal: journal, Saved: saved, Uplink: d.link,
 		Outputs: state.NewOutputs(cfg.StateDir), Volumes: state.NewVolumes(cfg.StateDir),
 		Clock: clock, Logger: log, InstanceID: id.ID,
 		PullGiveUp:       orElse(time.Duration(cfg.PullGiveUp), forEver),
@@ -159,7 +159,8 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 	return link.New(link.Config{
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
-		Facts: d.told(), Clock: clock, Logger: d.log,
+		Capabilities: []string{wire.CapabilityDevices},
+		Facts:        d.told(), Clock: clock, Logger: d.log,
 		Remember: func(addresses []string) {
 			if err := identity.SetAddresses(d.cfg.StateDir, addresses); err != nil {
 				d.log.Warn("the control plane's new addresses are not remembered", "error", err)

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/belay-edge/belay/controlplane"
+	"github.com/belay-edge/belay/controlplane/wire"
 )
 
 // maxFailures bounds the explanation of a failed placement.
@@ -89,6 +90,7 @@ func take(c *controlplane.Candidate, d controlplane.Demand) {
 	c.Used.CPU += d.CPU
 	c.Used.MemoryMiB += d.MemoryMiB
 	c.Used.Ports = append(slices.Clone(c.Used.Ports), d.Ports...)
+	c.Used.Devices = append(slices.Clone(c.Used.Devices), d.Devices...)
 }
 
 // refuse says why c cannot take d; nil: it can.
@@ -120,7 +122,27 @@ func refuse(c *controlplane.Candidate, d controlplane.Demand) *controlplane.Plac
 	if len(taken) > 0 {
 		return no(controlplane.ReasonPorts, "the task needs host port %s, already taken there", strings.Join(taken, ", "))
 	}
+	if len(d.Devices) > 0 {
+		if !slices.Contains(c.Capabilities, wire.CapabilityDevices) {
+			return no(deviceReason(d), "its agent is too old to give devices to containers: update it")
+		}
+		if why := controlplane.RefuseDevices(c.Facts.Devices, c.Used.Devices, d.Devices); why != "" {
+			return no(deviceReason(d), "%s", why)
+		}
+	}
 	return nil
+}
+
+// deviceReason is ECS's word where the task asks for GPUs only.
+func deviceReason(d controlplane.Demand) string {
+	for _, container := range d.Devices {
+		for _, r := range container.Requests {
+			if r.Kind != "gpu" {
+				return controlplane.ReasonDevices
+			}
+		}
+	}
+	return controlplane.ReasonGPU
 }
 
 // refuseRuntime says why none of the plugins runs the task; "": one does.
