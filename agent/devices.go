@@ -373,6 +373,7 @@ func (h *hands) edits(ctx context.Context, devices []DeviceRef) (sdk.Edits, erro
 		all.CDIDevices = append(all.CDIDevices, e.CDIDevices...)
 		all.Hooks = append(all.Hooks, e.Hooks...)
 		all.AdditionalGIDs = append(all.AdditionalGIDs, e.AdditionalGIDs...)
+		all.DeviceRules = append(all.DeviceRules, e.DeviceRules...)
 	}
 	return all, nil
 }
@@ -405,6 +406,7 @@ func apply(s *sdk.ContainerSpec, e sdk.Edits) {
 	s.Devices = append(s.Devices, e.Devices...)
 	s.CDIDevices = append(s.CDIDevices, e.CDIDevices...)
 	s.Hooks = append(s.Hooks, e.Hooks...)
+	s.DeviceRules = append(s.DeviceRules, e.DeviceRules...)
 	s.AdditionalGIDs = append(s.AdditionalGIDs, e.AdditionalGIDs...)
 	slices.Sort(s.AdditionalGIDs)
 	s.AdditionalGIDs = slices.Compact(s.AdditionalGIDs)

@@ -155,6 +155,7 @@ func TestWhatComesWithDevicesIsAdded(t *testing.T) {
 		CDIDevices:     []string{"x.com/gpu=0"},
 		Hooks:          []sdk.Hook{{Point: "createRuntime", Path: "/hook"}},
 		AdditionalGIDs: []uint32{44, 7, 44},
+		DeviceRules:    []sdk.DeviceRule{{Type: "c", Major: 189}},
 	})
 	want := sdk.ContainerSpec{
 		Env:            []string{"GPU=0", "BELAY_TASK_ID=t", "MINE=1"},
@@ -163,6 +164,7 @@ func TestWhatComesWithDevicesIsAdded(t *testing.T) {
 		CDIDevices:     []string{"x.com/gpu=0"},
 		Hooks:          []sdk.Hook{{Point: "createRuntime", Path: "/hook"}},
 		AdditionalGIDs: []uint32{7, 44},
+		DeviceRules:    []sdk.DeviceRule{{Type: "c", Major: 189}},
 	}
 	if d := cmp.Diff(want, s); d != "" {
 		t.Error(d)

@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"net/netip"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -38,6 +40,8 @@ type hostConfig struct {
 	Mounts            []mount                  `json:",omitempty"`
 	Tmpfs             map[string]string        `json:",omitempty"`
 	Devices           []device                 `json:",omitempty"`
+	DeviceCgroupRules []string                 `json:",omitempty"`
+	GroupAdd          []string                 `json:",omitempty"`
 	Ulimits           []ulimit                 `json:",omitempty"`
 	CapAdd            []string                 `json:",omitempty"`
 	CapDrop           []string                 `json:",omitempty"`
@@ -146,6 +150,12 @@ func (r *Runtime) request(q sdk.StartRequest, t sdk.TaskSpec, d *daemonInfo, net
 		}
 		h.Devices = append(h.Devices, x)
 	}
+	for _, r := range s.DeviceRules {
+		h.DeviceCgroupRules = append(h.DeviceCgroupRules, fmt.Sprintf("%s %d:* %s", r.Type, r.Major, cmp.Or(r.Permissions, "rwm")))
+	}
+	for _, gid := range s.AdditionalGIDs {
+		h.GroupAdd = append(h.GroupAdd, strconv.FormatUint(uint64(gid), 10))
+	}
 	for _, u := range s.Ulimits {
 		h.Ulimits = append(h.Ulimits, ulimit{u.Name, orUnlimited(u.Soft), orUnlimited(u.Hard)})
 	}
@@ -208,6 +218,10 @@ func check(q sdk.StartRequest, d *daemonInfo, network string) error {
 		if err := f(); err != nil {
 			return err
 		}
+	}
+	if len(s.CDIDevices) > 0 || len(s.Hooks) > 0 {
+		return sdk.Errorf(sdk.Unsupported, "", "the device is given by CDI (%s) or hooks, which this plugin cannot hand to Docker yet", strings.Join(s.CDIDevices, ", ")).
+			WithHint("use the runtime containerd")
 	}
 	if s.Init && d.InitBinary == "" {
 		return sdk.Errorf(sdk.Unsupported, "", "initProcessEnabled needs docker-init, which this daemon does not have").WithHint("install tini")

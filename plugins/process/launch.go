@@ -43,6 +43,7 @@ func unsupported(req sdk.StartRequest) []string {
 		{len(s.CDIDevices) > 0, "CDI devices"},
 		{len(s.Hooks) > 0, "hooks"},
 		{len(s.AdditionalGIDs) > 0, "additional groups"},
+		{len(s.DeviceRules) > 0, "device rules"},
 		{len(s.CapabilitiesAdd) > 0 || len(s.CapabilitiesDrop) > 0, "capabilities"},
 		{s.Privileged, "privileged"},
 		{s.ReadOnlyRoot, "read-only root"},

@@ -332,6 +332,7 @@ func TestUnsupportedIsNamed(t *testing.T) {
 		"mounts":                       func(q *sdk.StartRequest) { q.Spec.Mounts = []sdk.Mount{{Type: "bind", Source: "/", Target: "/x"}} },
 		"CDI devices":                  func(q *sdk.StartRequest) { q.Spec.CDIDevices = []string{"nvidia.com/gpu=0"} },
 		"hooks":                        func(q *sdk.StartRequest) { q.Spec.Hooks = []sdk.Hook{{Point: "poststop", Path: "/bin/true"}} },
+		"device rules":                 func(q *sdk.StartRequest) { q.Spec.DeviceRules = []sdk.DeviceRule{{Type: "c", Major: 189}} },
 		"additional groups":            func(q *sdk.StartRequest) { q.Spec.AdditionalGIDs = []uint32{44} },
 		"devices":                      func(q *sdk.StartRequest) { q.Spec.Devices = []sdk.HostDevice{{HostPath: "/dev/null"}} },
 		"capabilities":                 func(q *sdk.StartRequest) { q.Spec.CapabilitiesAdd = []string{"NET_ADMIN"} },
