@@ -2,9 +2,9 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -126,24 +126,33 @@ func orElse(d, zero time.Duration) time.Duration {
 }
 
 func newHost(cfg config.Config, log *slog.Logger) (*host.Host, error) {
-	tables := map[string]json.RawMessage{}
-	for name := range cfg.Plugins {
-		table, err := cfg.PluginJSON(name)
-		if err != nil {
-			return nil, usageError{err}
-		}
-		tables[name] = table
-	}
 	h, err := host.New(host.Config{
 		Dir:      cfg.PluginDir,
 		StateDir: filepath.Join(cfg.StateDir, "plugins"),
 		RunDir:   filepath.Join(cfg.RunDir, "plugins"),
-		Plugins:  tables, Logger: log,
+		Settings: func(name string) (host.Settings, error) { return pluginSettings(cfg, name) },
+		Logger:   log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: name where the plugins are with --plugin-dir", err)
 	}
+	for _, name := range cfg.PluginNames() {
+		if _, err := os.Stat(filepath.Join(cfg.PluginDir, name)); errors.Is(err, fs.ErrNotExist) {
+			log.Warn("there is configuration for a plugin that is not there", "plugin", name, "dir", cfg.PluginDir)
+		}
+	}
 	return h, nil
+}
+
+// pluginSettings reads what the host is to know of a plugin's configuration.
+func pluginSettings(cfg config.Config, name string) (host.Settings, error) {
+	p, err := cfg.Plugin(name)
+	if err != nil {
+		return host.Settings{}, err
+	}
+	return host.Settings{
+		Source: p.Source, JSON: p.JSON, SHA256: p.SHA256, Disabled: p.Enabled != nil && !*p.Enabled,
+	}, nil
 }
 
 func newLink(d *device, clock *system.Clock) (*link.Link, error) {
