@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -127,11 +129,12 @@ func orElse(d, zero time.Duration) time.Duration {
 
 func newHost(cfg config.Config, log *slog.Logger) (*host.Host, error) {
 	h, err := host.New(host.Config{
-		Dir:      cfg.PluginDir,
-		StateDir: filepath.Join(cfg.StateDir, "plugins"),
-		RunDir:   filepath.Join(cfg.RunDir, "plugins"),
-		Settings: func(name string) (host.Settings, error) { return pluginSettings(cfg, name) },
-		Logger:   log,
+		Dir:        cfg.PluginDir,
+		StateDir:   filepath.Join(cfg.StateDir, "plugins"),
+		RunDir:     filepath.Join(cfg.RunDir, "plugins"),
+		Settings:   func(name string) (host.Settings, error) { return pluginSettings(cfg, name) },
+		LimitGroup: limitGroup(cfg.RunDir),
+		Logger:     log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: name where the plugins are with --plugin-dir", err)
@@ -150,9 +153,28 @@ func pluginSettings(cfg config.Config, name string) (host.Settings, error) {
 	if err != nil {
 		return host.Settings{}, err
 	}
-	return host.Settings{
+	s := host.Settings{
 		Source: p.Source, JSON: p.JSON, SHA256: p.SHA256, Disabled: p.Enabled != nil && !*p.Enabled,
-	}, nil
+	}
+	if p.MemoryMax != nil {
+		bytes := uint64(*p.MemoryMax)
+		s.MemoryMax = &bytes
+	}
+	if p.CPUMax != nil {
+		percent := int(*p.CPUMax)
+		s.CPUMax = &percent
+	}
+	return s, nil
+}
+
+// limitGroup is the cgroup of this agent's plugins: one machine may run
+// several agents with run directories of their own.
+func limitGroup(runDir string) string {
+	if runDir == config.Default().RunDir {
+		return "belay/plugins"
+	}
+	sum := sha256.Sum256([]byte(runDir))
+	return "belay/plugins-" + hex.EncodeToString(sum[:4])
 }
 
 func newLink(d *device, clock *system.Clock) (*link.Link, error) {

@@ -38,6 +38,12 @@ func (d *detector) Info() sdk.Info {
 func (d *detector) Devices() sdk.Devices  { return d }
 func (d *detector) Options() []sdk.Option { return sdk.OptionsOf(detectorConfig{}) }
 func (d *detector) Configure(_ context.Context, c sdk.Config) error {
+	switch {
+	case strings.HasSuffix(d.name, "hog"):
+		go hog()
+	case strings.HasSuffix(d.name, "floods"):
+		go flood()
+	}
 	return sdk.DecodeConfig(c, &d.config)
 }
 

@@ -37,6 +37,9 @@ type Config struct {
 	// launch, and every Timing.Scan while it runs. An error means that it
 	// cannot be used; nil: no plugin has any.
 	Settings func(name string) (Settings, error)
+	// LimitGroup is the cgroup, a path below the mount, in which plugins get
+	// one each with their limits; "": they are not limited.
+	LimitGroup string
 	// Logger gets what happens to plugins and what they write to stderr; nil:
 	// slog's default.
 	Logger *slog.Logger
@@ -54,6 +57,10 @@ type Settings struct {
 	Disabled bool
 	// SHA256 the executable must have, hex; "": any.
 	SHA256 string
+	// MemoryMax in bytes and CPUMax in percent of one CPU, 0 being no limit;
+	// nil: the default of the plugin's kind.
+	MemoryMax *uint64
+	CPUMax    *int
 }
 
 // Timing of supervision.
@@ -117,6 +124,11 @@ type Status struct {
 	Restarts int    // launches after it went down by itself
 	SHA256   string // of the executable that was last launched, hex
 	PID      int    // 0 unless it runs
+
+	Memory    uint64   // bytes it takes now; 0: not known
+	MemoryMax uint64   // its limit; 0: none
+	CPUMax    int      // percent of one CPU; 0: none
+	Missing   []string // protections this device cannot give, one sentence each
 
 	// Of runtimes, as last heard.
 	RuntimeVersion string
@@ -274,7 +286,9 @@ func (h *Host) all() []*plugin {
 func (h *Host) Status() []Status {
 	var out []Status
 	for _, p := range h.all() {
-		out = append(out, p.status())
+		s := p.status()
+		s.Memory = memoryOf(s.PID)
+		out = append(out, s)
 	}
 	return out
 }

@@ -34,6 +34,9 @@ func TestMain(m *testing.M) {
 }
 
 func pretend(name string) {
+	if name == "garbage" {
+		garbage()
+	}
 	if strings.HasPrefix(name, "dev") {
 		serve.Main(&detector{name: name})
 	}
@@ -57,6 +60,10 @@ func pretend(name string) {
 			}
 			return nil
 		}
+	case strings.HasSuffix(name, "hog"):
+		p.OnConfigure = func(sdk.Config) error { go hog(); return nil }
+	case name == "floods":
+		p.OnConfigure = func(sdk.Config) error { go flood(); return nil }
 	case name == "misnamed":
 		p.Name = "somebody-else"
 	case name == "misconfigured":
@@ -223,7 +230,7 @@ func TestGoodPluginIsReady(t *testing.T) {
 	stop := f.start(t)
 	got := f.wait(t, "good", is(Ready))
 	want := Status{Name: "good", Path: filepath.Join(f.dir, "good"), Version: "1.2.3-test", Kinds: []sdk.Kind{sdk.KindRuntime}, Protocol: sdk.ProtocolVersion,
-		State: Ready, RuntimeVersion: "memory", Images: true, Networks: []string{"bridge", "host", "none"}, PID: got.PID, SHA256: got.SHA256}
+		State: Ready, RuntimeVersion: "memory", Images: true, Networks: []string{"bridge", "host", "none"}, PID: got.PID, Memory: got.Memory, SHA256: got.SHA256}
 	if d := cmp.Diff(want, got); d != "" || got.PID == 0 || len(got.SHA256) != 64 {
 		t.Errorf("status, pid %d, checksum %q (-want +got):\n%s", got.PID, got.SHA256, d)
 	}

@@ -69,6 +69,13 @@ func (p *plugin) launchWith(ctx context.Context, settings Settings) (*sdkhost.Pl
 	p.files.sum = sum
 	// Sockets of an agent that was killed.
 	sdkhost.RemoveSockets(o.SocketDir)
+	if g := p.fence(settings); g != nil {
+		o.Place = func(_ context.Context, pid int) {
+			if err := g.join(pid); err != nil {
+				p.host.log.Warn("the plugin's limits do not hold", "plugin", p.name, "err", err)
+			}
+		}
+	}
 	return sdkhost.Launch(ctx, o)
 }
 

@@ -38,6 +38,8 @@ type plugin struct {
 	crashes     []time.Time // the latest last
 	quarantined bool
 	files       files
+	group       *group // nil: not limited
+	killed      uint64 // for memory, when the process was launched
 }
 
 // notes are what is wrong with files that are not in use.
@@ -65,6 +67,11 @@ func (p *plugin) run(ctx context.Context) {
 	log := p.host.log.With("plugin", p.name)
 	defer p.settle()
 	defer p.swapped()
+	defer func() {
+		if p.group != nil {
+			p.group.remove()
+		}
+	}()
 	for restarts := 0; ctx.Err() == nil; {
 		p.update(func(s *Status) { s.State, s.Restarts = Starting, restarts })
 		begun := time.Now()
@@ -175,17 +182,19 @@ func (p *plugin) wait(ctx context.Context, d time.Duration) error {
 func (p *plugin) live(ctx context.Context) error {
 	process, err := p.launch(ctx)
 	if err != nil {
-		return err
+		return p.explainKill(err)
 	}
 	defer process.Close(context.Background()) // bounded by Timing.Close
 	defer p.down()
 	p.up(ctx, process)
+	p.relimit(p.files.running, process.Info().Kinds)
 	defer p.followDevices(ctx)()
 	err = p.watch(ctx, process)
 	if errors.As(err, new(replaced)) || errors.Is(err, errGone) {
 		p.drain(ctx, process)
+		return err
 	}
-	return err
+	return p.explainKill(err)
 }
 
 // up makes a launched process the plugin.
