@@ -133,6 +133,7 @@ func newHost(cfg config.Config, log *slog.Logger) (*host.Host, error) {
 		StateDir:   filepath.Join(cfg.StateDir, "plugins"),
 		RunDir:     filepath.Join(cfg.RunDir, "plugins"),
 		Settings:   func(name string) (host.Settings, error) { return pluginSettings(cfg, name) },
+		Stage:      []string{"/proc/self/exe", stageArg},
 		LimitGroup: limitGroup(cfg.RunDir),
 		Logger:     log,
 	})
@@ -156,6 +157,7 @@ func pluginSettings(cfg config.Config, name string) (host.Settings, error) {
 	s := host.Settings{
 		Source: p.Source, JSON: p.JSON, SHA256: p.SHA256, Disabled: p.Enabled != nil && !*p.Enabled,
 	}
+	s.Profile = p.Profile
 	if p.MemoryMax != nil {
 		bytes := uint64(*p.MemoryMax)
 		s.MemoryMax = &bytes

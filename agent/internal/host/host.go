@@ -40,6 +40,9 @@ type Config struct {
 	// LimitGroup is the cgroup, a path below the mount, in which plugins get
 	// one each with their limits; "": they are not limited.
 	LimitGroup string
+	// Stage is the program, with its first arguments, that calls Stage: plugins
+	// that are only detectors are run through it. Nil: they are not confined.
+	Stage []string
 	// Logger gets what happens to plugins and what they write to stderr; nil:
 	// slog's default.
 	Logger *slog.Logger
@@ -61,6 +64,8 @@ type Settings struct {
 	// nil: the default of the plugin's kind.
 	MemoryMax *uint64
 	CPUMax    *int
+	// Profile is "", ProfileAuto, ProfileDevice or ProfileNone.
+	Profile string
 }
 
 // Timing of supervision.

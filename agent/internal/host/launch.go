@@ -76,6 +76,9 @@ func (p *plugin) launchWith(ctx context.Context, settings Settings) (*sdkhost.Pl
 			}
 		}
 	}
+	if err := p.confine(ctx, &o, settings, sum); err != nil {
+		return nil, err
+	}
 	return sdkhost.Launch(ctx, o)
 }
 

@@ -188,6 +188,9 @@ func (p *plugin) live(ctx context.Context) error {
 	defer p.down()
 	p.up(ctx, process)
 	p.relimit(p.files.running, process.Info().Kinds)
+	if lacks := process.Missing(); lacks != nil {
+		p.update(func(s *Status) { s.Missing = append(slices.Clone(s.Missing), lacks...) })
+	}
 	defer p.followDevices(ctx)()
 	err = p.watch(ctx, process)
 	if errors.As(err, new(replaced)) || errors.Is(err, errGone) {

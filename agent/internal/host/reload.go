@@ -141,7 +141,10 @@ func (p *plugin) considerExecutable(ctx context.Context, process *sdkhost.Plugin
 }
 
 // describe asks an executable what it is, beside a process that runs.
-func (p *plugin) describe(ctx context.Context, o sdkhost.Options, _ string) error {
+func (p *plugin) describe(ctx context.Context, o sdkhost.Options, sum string) error {
+	if err := p.confine(ctx, &o, p.files.running, sum); err != nil {
+		return err
+	}
 	_, err := sdkhost.Describe(ctx, o)
 	return err
 }
