@@ -145,3 +145,36 @@ func TestGarbageOnTheSocket(t *testing.T) {
 		t.Errorf("the other plugin was disturbed: %+v", s)
 	}
 }
+
+// Whatever happens to a plugin of either kind, it comes back by itself and the
+// others notice nothing.
+func TestEitherKindRecovers(t *testing.T) {
+	timing := quick
+	timing.Ping, timing.PingAnswer, timing.Close = 50*time.Millisecond, 150*time.Millisecond, 100*time.Millisecond
+	timing.Crashes = 100
+	f := newFixture(t, timing, nil, "good", "dev", "good-bystander", "dev-bystander", "slow-bystander")
+	f.Host.config.Stage = []string{"/proc/self/exe", "plugin-stage"}
+	f.start(t)
+	bystanders := map[string]int{}
+	for _, n := range []string{"good-bystander", "dev-bystander", "slow-bystander"} {
+		bystanders[n] = f.wait(t, n, is(Ready)).PID
+	}
+	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGSEGV} {
+		for _, n := range []string{"good", "dev"} {
+			before := f.wait(t, n, is(Ready))
+			if err := syscall.Kill(before.PID, sig); err != nil {
+				t.Fatal(err)
+			}
+			after := f.wait(t, n, func(s Status) bool { return s.State == Ready && s.PID != before.PID })
+			if after.Restarts != before.Restarts+1 {
+				t.Errorf("%s after %s: %d restarts, before %d", n, sig, after.Restarts, before.Restarts)
+			}
+		}
+		f.inventory(t, "dev", ready)
+	}
+	for n, pid := range bystanders {
+		if s := f.wait(t, n, is(Ready)); s.PID != pid {
+			t.Errorf("%s was relaunched: %+v", n, s)
+		}
+	}
+}

@@ -45,7 +45,7 @@ func pretend(name string) {
 	}
 	p := &sdktest.MemoryPlugin{Name: name, Memory: sdktest.NewMemory()}
 	switch {
-	case strings.HasPrefix(name, "good"):
+	case strings.HasPrefix(name, "good"): // "good-bystander" too
 		p.OnConfigure = func(c sdk.Config) error {
 			for _, d := range []string{c.StateDir, c.RunDir} {
 				if st, err := os.Stat(d); err != nil || st.Mode().Perm() != 0o700 {
