@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -196,12 +197,18 @@ func (g *group) kills() uint64 {
 	return 0
 }
 
-// remove deletes the group unless something is left in it.
+// remove deletes the group unless something is left in it, and then the one
+// it is in unless other plugins are.
 func (g *group) remove() {
 	for _, c := range []controller{g.memory, g.cpu} {
-		if c.dir != "" {
-			_ = syscall.Rmdir(c.dir)
+		if c.dir == "" {
+			continue
 		}
+		// A process that has just been reaped may keep it busy for a moment.
+		for try := 0; syscall.Rmdir(c.dir) == syscall.EBUSY && try < 20; try++ {
+			time.Sleep(5 * time.Millisecond)
+		}
+		_ = syscall.Rmdir(filepath.Dir(c.dir))
 	}
 }
 
