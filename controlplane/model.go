@@ -73,6 +73,11 @@ type PluginInfo struct {
 	Checksum  string   `json:"checksum,omitempty"`
 	Restarts  int      `json:"restarts"`
 	Networks  []string `json:"networks,omitempty"`
+	// Protocol is the version of the plugin protocol; 0: not known.
+	Protocol       int      `json:"protocol,omitempty"`
+	MemoryBytes    uint64   `json:"memoryBytes,omitempty"`    // as last told
+	MemoryMaxBytes uint64   `json:"memoryMaxBytes,omitempty"` // 0: not limited
+	Missing        []string `json:"missing,omitempty"`        // protections
 }
 
 // PortKey is a port of a host.

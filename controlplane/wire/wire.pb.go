@@ -1300,17 +1300,21 @@ func (x *DeviceRequest) GetWhere() string {
 }
 
 type PluginInfo struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	Kinds         []string               `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
-	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"` // "ready", "starting", "failed", "quarantined"
-	LastError     string                 `protobuf:"bytes,5,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
-	Checksum      string                 `protobuf:"bytes,6,opt,name=checksum,proto3" json:"checksum,omitempty"` // sha256 of the executable, hex
-	Restarts      uint32                 `protobuf:"varint,7,opt,name=restarts,proto3" json:"restarts,omitempty"`
-	Networks      []string               `protobuf:"bytes,8,rep,name=networks,proto3" json:"networks,omitempty"` // runtime: network modes it can do
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Name            string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Version         string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Kinds           []string               `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	State           string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"` // "ready", "starting", "failed", "quarantined"
+	LastError       string                 `protobuf:"bytes,5,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	Checksum        string                 `protobuf:"bytes,6,opt,name=checksum,proto3" json:"checksum,omitempty"` // sha256 of the executable, hex
+	Restarts        uint32                 `protobuf:"varint,7,opt,name=restarts,proto3" json:"restarts,omitempty"`
+	Networks        []string               `protobuf:"bytes,8,rep,name=networks,proto3" json:"networks,omitempty"`                                       // runtime: network modes it can do
+	ProtocolVersion uint32                 `protobuf:"varint,9,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"` // of the plugin protocol; 0: not known
+	MemoryBytes     uint64                 `protobuf:"varint,10,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`            // it took when this was sent; 0: not known
+	MemoryMaxBytes  uint64                 `protobuf:"varint,11,opt,name=memory_max_bytes,json=memoryMaxBytes,proto3" json:"memory_max_bytes,omitempty"` // 0: not limited
+	Missing         []string               `protobuf:"bytes,12,rep,name=missing,proto3" json:"missing,omitempty"`                                        // protections the device cannot give it, one sentence each
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *PluginInfo) Reset() {
@@ -1395,6 +1399,34 @@ func (x *PluginInfo) GetRestarts() uint32 {
 func (x *PluginInfo) GetNetworks() []string {
 	if x != nil {
 		return x.Networks
+	}
+	return nil
+}
+
+func (x *PluginInfo) GetProtocolVersion() uint32 {
+	if x != nil {
+		return x.ProtocolVersion
+	}
+	return 0
+}
+
+func (x *PluginInfo) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *PluginInfo) GetMemoryMaxBytes() uint64 {
+	if x != nil {
+		return x.MemoryMaxBytes
+	}
+	return 0
+}
+
+func (x *PluginInfo) GetMissing() []string {
+	if x != nil {
+		return x.Missing
 	}
 	return nil
 }
@@ -3882,7 +3914,7 @@ const file_wire_proto_rawDesc = "" +
 	"\rDeviceRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\rR\x05count\x12\x14\n" +
-	"\x05where\x18\x03 \x01(\tR\x05where\"\xd9\x01\n" +
+	"\x05where\x18\x03 \x01(\tR\x05where\"\xeb\x02\n" +
 	"\n" +
 	"PluginInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
@@ -3893,7 +3925,12 @@ const file_wire_proto_rawDesc = "" +
 	"last_error\x18\x05 \x01(\tR\tlastError\x12\x1a\n" +
 	"\bchecksum\x18\x06 \x01(\tR\bchecksum\x12\x1a\n" +
 	"\brestarts\x18\a \x01(\rR\brestarts\x12\x1a\n" +
-	"\bnetworks\x18\b \x03(\tR\bnetworks\"6\n" +
+	"\bnetworks\x18\b \x03(\tR\bnetworks\x12)\n" +
+	"\x10protocol_version\x18\t \x01(\rR\x0fprotocolVersion\x12!\n" +
+	"\fmemory_bytes\x18\n" +
+	" \x01(\x04R\vmemoryBytes\x12(\n" +
+	"\x10memory_max_bytes\x18\v \x01(\x04R\x0ememoryMaxBytes\x12\x18\n" +
+	"\amissing\x18\f \x03(\tR\amissing\"6\n" +
 	"\x04Port\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\"\xf5\x01\n" +

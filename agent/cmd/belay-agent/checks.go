@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -158,9 +159,12 @@ func checkPlugins(_ context.Context, p patient) []finding {
 	if len(names) == 0 {
 		return append(found, fail("install at least one runtime plugin: containerd or process", "none in %s", dir))
 	}
-	for name := range p.cfg.Plugins {
+	for _, name := range p.cfg.PluginNames() {
 		if !p.hasPlugin(name) {
 			found = append(found, warn("install it, or remove its configuration", "%s is configured but not in %s", name, dir))
+		}
+		if _, err := p.cfg.Plugin(name); err != nil {
+			found = append(found, fail("correct it: the agent takes it over at once", "%v", err))
 		}
 	}
 	return append([]finding{ok("%s in %s", strings.Join(names, ", "), dir)}, found...)
@@ -177,8 +181,22 @@ func (p patient) containerd() bool { return p.hasPlugin("containerd") }
 
 var notNeeded = one(ok("not needed: no containerd plugin"))
 
+type containerdTable struct {
+	Address    string   `json:"address"`
+	CNIBinDirs []string `json:"cni_bin_dirs"`
+}
+
+// containerdTable is what is configured for that plugin, as far as it makes sense.
+func (p patient) containerdTable() containerdTable {
+	var t containerdTable
+	if c, err := p.cfg.Plugin("containerd"); err == nil {
+		_ = json.Unmarshal(c.JSON, &t)
+	}
+	return t
+}
+
 func (p patient) containerdAddress() string {
-	if a, ok := p.cfg.Plugins["containerd"]["address"].(string); ok && a != "" {
+	if a := p.containerdTable().Address; a != "" {
 		return a
 	}
 	return p.path("run/containerd/containerd.sock")
@@ -211,15 +229,10 @@ func checkContainerd(ctx context.Context, p patient) []finding {
 var cniDirs = []string{"opt/cni/bin", "usr/lib/cni", "usr/libexec/cni"}
 
 func (p patient) cniDirs() []string {
-	var dirs []string
-	if list, ok := p.cfg.Plugins["containerd"]["cni_bin_dirs"].([]any); ok {
-		for _, d := range list {
-			if s, ok := d.(string); ok {
-				dirs = append(dirs, s)
-			}
-		}
-		return dirs
+	if given := p.containerdTable().CNIBinDirs; given != nil {
+		return given
 	}
+	var dirs []string
 	for _, d := range cniDirs {
 		dirs = append(dirs, p.path(d))
 	}

@@ -164,12 +164,26 @@ func (d *device) keepFacts(ctx context.Context) error {
 			}
 		case <-timer:
 			at, timer, plugins, found = time.Time{}, nil, false, false
-			if now := d.told(); !proto.Equal(last, now) {
+			if now := d.told(); !sameFacts(last, now) {
 				d.link.SetFacts(now)
 				last = now
 			}
 		}
 	}
+}
+
+// memoryStep is how much a plugin's memory must change to be worth a message.
+const memoryStep = 16 << 20
+
+// sameFacts compares what is told, but for small changes of memory.
+func sameFacts(a, b *wire.Facts) bool {
+	a, b = proto.CloneOf(a), proto.CloneOf(b)
+	for _, f := range []*wire.Facts{a, b} {
+		for _, p := range f.GetPlugins() {
+			p.MemoryBytes /= memoryStep
+		}
+	}
+	return proto.Equal(a, b)
 }
 
 // told is what the control plane is told of the device now.
@@ -179,6 +193,7 @@ func (d *device) told() *wire.Facts {
 		f.Plugins = append(f.Plugins, &wire.PluginInfo{
 			Name: s.Name, Version: s.Version, Kinds: kinds(s.Kinds), State: string(s.State),
 			LastError: s.Error, Checksum: s.SHA256, Restarts: uint32(max(s.Restarts, 0)), Networks: s.Networks,
+			ProtocolVersion: uint32(s.Protocol), MemoryBytes: s.Memory, MemoryMaxBytes: s.MemoryMax, Missing: s.Missing,
 		})
 		for name, value := range s.Attributes {
 			if !strings.HasPrefix(name, "belay.") { // those are the agent's
@@ -276,6 +291,7 @@ func (d *device) Plugins() []localapi.Plugin {
 		out = append(out, localapi.Plugin{
 			Name: p.Name, Version: p.Version, Kinds: k, State: string(p.State), LastError: p.Error,
 			PID: p.PID, Restarts: p.Restarts, Path: p.Path, Checksum: p.SHA256,
+			Protocol: p.Protocol, MemoryBytes: p.Memory, MemoryMaxBytes: p.MemoryMax, CPUMaxPercent: p.CPUMax, ProtectionsMissing: p.Missing,
 		})
 	}
 	return out

@@ -133,11 +133,26 @@ func pluginsCommand(t terminal) *cobra.Command {
 			}
 			return show(t, output, map[string]any{"plugins": plugins}, func() error {
 				w := tabwriter.NewWriter(t.out, 0, 8, 2, ' ', 0)
-				fmt.Fprintln(w, "PLUGIN\tVERSION\tKINDS\tSTATE\tRESTARTS\tLAST ERROR")
+				fmt.Fprintln(w, "PLUGIN\tKINDS\tVERSION\tPROTO\tCHECKSUM\tSTATE\tRESTARTS\tMEMORY")
 				for _, p := range plugins {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\n", p.Name, p.Version, strings.Join(p.Kinds, ","), p.State, p.Restarts, p.LastError)
+					memory := "-"
+					if p.MemoryBytes > 0 {
+						memory = fmt.Sprintf("%d MiB", (p.MemoryBytes+1<<20-1)>>20)
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%.12s\t%s\t%d\t%s\n", p.Name, strings.Join(p.Kinds, ","), p.Version, p.Protocol, p.Checksum, p.State, p.Restarts, memory)
 				}
-				return w.Flush()
+				if err := w.Flush(); err != nil {
+					return err
+				}
+				for _, p := range plugins {
+					if p.LastError != "" {
+						fmt.Fprintf(t.out, "\n%s: %s\n", p.Name, p.LastError)
+					}
+					for _, m := range p.ProtectionsMissing {
+						fmt.Fprintf(t.out, "\n%s: protection missing: %s\n", p.Name, m)
+					}
+				}
+				return nil
 			})
 		})
 }

@@ -12,9 +12,19 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/belay-edge/belay/agent/internal/host"
 )
 
+// stageArg makes this program what becomes a confined plugin. It is for the
+// agent itself: a plugin needs no other program installed, and an agent that
+// was upgraded on disk still runs its own.
+const stageArg = "plugin-stage"
+
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == stageArg {
+		os.Exit(host.Stage(os.Args[2:]))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(execute(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))

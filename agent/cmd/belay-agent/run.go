@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -127,24 +129,55 @@ func orElse(d, zero time.Duration) time.Duration {
 }
 
 func newHost(cfg config.Config, log *slog.Logger) (*host.Host, error) {
-	tables := map[string]json.RawMessage{}
-	for name := range cfg.Plugins {
-		table, err := cfg.PluginJSON(name)
-		if err != nil {
-			return nil, usageError{err}
-		}
-		tables[name] = table
-	}
 	h, err := host.New(host.Config{
-		Dir:      cfg.PluginDir,
-		StateDir: filepath.Join(cfg.StateDir, "plugins"),
-		RunDir:   filepath.Join(cfg.RunDir, "plugins"),
-		Plugins:  tables, Logger: log,
+		Dir:        cfg.PluginDir,
+		StateDir:   filepath.Join(cfg.StateDir, "plugins"),
+		RunDir:     filepath.Join(cfg.RunDir, "plugins"),
+		Settings:   func(name string) (host.Settings, error) { return pluginSettings(cfg, name) },
+		Stage:      []string{"/proc/self/exe", stageArg},
+		LimitGroup: limitGroup(cfg.RunDir),
+		Logger:     log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: name where the plugins are with --plugin-dir", err)
 	}
+	for _, name := range cfg.PluginNames() {
+		if _, err := os.Stat(filepath.Join(cfg.PluginDir, name)); errors.Is(err, fs.ErrNotExist) {
+			log.Warn("there is configuration for a plugin that is not there", "plugin", name, "dir", cfg.PluginDir)
+		}
+	}
 	return h, nil
+}
+
+// pluginSettings reads what the host is to know of a plugin's configuration.
+func pluginSettings(cfg config.Config, name string) (host.Settings, error) {
+	p, err := cfg.Plugin(name)
+	if err != nil {
+		return host.Settings{}, err
+	}
+	s := host.Settings{
+		Source: p.Source, JSON: p.JSON, SHA256: p.SHA256, Disabled: p.Enabled != nil && !*p.Enabled,
+	}
+	s.Profile = p.Profile
+	if p.MemoryMax != nil {
+		bytes := uint64(*p.MemoryMax)
+		s.MemoryMax = &bytes
+	}
+	if p.CPUMax != nil {
+		percent := int(*p.CPUMax)
+		s.CPUMax = &percent
+	}
+	return s, nil
+}
+
+// limitGroup is the cgroup of this agent's plugins: one machine may run
+// several agents with run directories of their own.
+func limitGroup(runDir string) string {
+	if runDir == config.Default().RunDir {
+		return "belay/plugins"
+	}
+	sum := sha256.Sum256([]byte(runDir))
+	return "belay/plugins-" + hex.EncodeToString(sum[:4])
 }
 
 func newLink(d *device, clock *system.Clock) (*link.Link, error) {

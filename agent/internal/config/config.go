@@ -1,10 +1,10 @@
 // Package config reads the agent's configuration: /etc/belay/agent.toml and
 // one file for each plugin beside it. Decoding is strict: what is not known is
-// an error that names the key and the line.
+// an error that names the key and the line. A mistake in agent.toml keeps the
+// agent from starting; one in a plugin's file is that plugin's alone.
 package config
 
 import (
-	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -30,7 +30,10 @@ type Config struct {
 	Log              Log               `toml:"log"`
 	Reserve          Reserve           `toml:"reserve"`
 	Attributes       map[string]string `toml:"attributes"`
-	Plugins          map[string]Table  `toml:"plugins"`
+	// Plugins are the tables of this file; Plugin adds the files beside it.
+	Plugins map[string]Table `toml:"plugins"`
+	// Overrides are the keys of plugins that flags set.
+	Overrides map[string]Table `toml:"-"`
 }
 
 // Log says what is logged and how.
@@ -63,30 +66,6 @@ func Default() Config {
 		Log:              Log{Level: "info", Format: "text"},
 		Reserve:          Reserve{CPUPercent: 5, MemoryMiB: 128},
 	}
-}
-
-// PluginJSON is the plugin's table as the agent hands it over, nil when there is none.
-func (c *Config) PluginJSON(name string) (json.RawMessage, error) {
-	t, ok := c.Plugins[name]
-	if !ok {
-		return nil, nil
-	}
-	b, err := json.Marshal(t)
-	if err != nil { // infinity and NaN have no JSON
-		return nil, fmt.Errorf("configuration of plugin %s: %w", name, err)
-	}
-	return b, nil
-}
-
-// SetPlugin sets one key of a plugin's table, as flags do.
-func (c *Config) SetPlugin(name, key string, value any) {
-	if c.Plugins == nil {
-		c.Plugins = map[string]Table{}
-	}
-	if c.Plugins[name] == nil {
-		c.Plugins[name] = Table{}
-	}
-	c.Plugins[name][key] = value
 }
 
 // Duration is written as "90s" or "1h30m".

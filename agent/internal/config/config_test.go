@@ -48,9 +48,7 @@ func load(t *testing.T, agent string, plugins map[string]string) (Config, error)
 	for name, text := range plugins {
 		write(t, filepath.Join(dir, "plugins.d", name), text)
 	}
-	c, err := Load(filepath.Join(dir, "agent.toml"))
-	c.PluginConfigDir = ""
-	return c, err
+	return Load(filepath.Join(dir, "agent.toml"))
 }
 
 func TestLoad(t *testing.T) {
@@ -70,26 +68,96 @@ nested = {a = 1}
 		t.Fatal(err)
 	}
 	want := Default()
-	want.PluginConfigDir = ""
+	want.PluginConfigDir = got.PluginConfigDir
 	want.Transport = "tcp"
 	want.KeepStopped = Duration(90 * time.Second)
 	want.ReservedPorts = []Ports{{Port: 53}, {Port: 8080, Protocol: "udp"}}
 	want.Reserve.MemoryMiB = 64
 	want.Attributes = map[string]string{"rack": "7"}
-	want.Plugins = map[string]Table{
-		"process":    {"allow": []any{"/bin"}, "nested": map[string]any{"a": int64(1)}},
-		"containerd": {"address": "/run/c.sock", "unknown_to_the_agent": 2.5},
-	}
+	want.Plugins = map[string]Table{"process": {"allow": []any{"/bin"}, "nested": map[string]any{"a": int64(1)}}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	got.SetPlugin("containerd", "address", "/x.sock")
-	js, err := got.PluginJSON("containerd")
-	if err != nil || string(js) != `{"address":"/x.sock","unknown_to_the_agent":2.5}` {
-		t.Errorf("plugin is handed %s, %v", js, err)
+	if diff := cmp.Diff([]string{"containerd", "process"}, got.PluginNames()); diff != "" {
+		t.Error(diff)
 	}
-	if js, err := got.PluginJSON("absent"); js != nil || err != nil {
-		t.Errorf("a plugin without a table is handed %s, %v", js, err)
+	got.SetPlugin("containerd", "address", "/x.sock")
+	p, err := got.Plugin("containerd")
+	if err != nil || string(p.JSON) != `{"address":"/x.sock","unknown_to_the_agent":2.5}` || !strings.HasSuffix(p.Source, "plugins.d/containerd.toml") {
+		t.Errorf("plugin is handed %s of %s, %v", p.JSON, p.Source, err)
+	}
+	if p, err := got.Plugin("process"); string(p.JSON) != `{"allow":["/bin"],"nested":{"a":1}}` || p.Source != "[plugins.process]" || err != nil {
+		t.Errorf("plugin is handed %s of %s, %v", p.JSON, p.Source, err)
+	}
+	if p, err := got.Plugin("absent"); p.JSON != nil || p.Source != "" || err != nil {
+		t.Errorf("a plugin without configuration is handed %s, %v", p.JSON, err)
+	}
+	// The file is read when it is asked for.
+	write(t, filepath.Join(got.PluginConfigDir, "containerd.toml"), "speed = 1\n")
+	if p, err := got.Plugin("containerd"); string(p.JSON) != `{"address":"/x.sock","speed":1}` || err != nil {
+		t.Errorf("plugin is handed %s, %v", p.JSON, err)
+	}
+}
+
+func TestAgentsTable(t *testing.T) {
+	sum := strings.Repeat("0a", 32)
+	const file = "address = \"/x\"\n[belay]\nenabled = false\nmemory_max = \"64MiB\"\ncpu_max = \"150%\"\nprofile = \"device\"\nsha256 = "
+	c, err := load(t, "[plugins.inline]\nx = 1\n[plugins.inline.belay]\nmemory_max = \"none\"\ncpu_max = \"none\"", map[string]string{"p.toml": file + "\"" + sum + "\""})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.Plugin("p")
+	if err != nil {
+		t.Fatal(err)
+	}
+	no, mem, cpu := false, Memory(64<<20), Percent(150)
+	want := Plugin{Source: got.Source, JSON: []byte(`{"address":"/x"}`),
+		Settings: Settings{Enabled: &no, SHA256: sum, MemoryMax: &mem, CPUMax: &cpu, Profile: ProfileDevice}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	got, err = c.Plugin("inline")
+	if err != nil || string(got.JSON) != `{"x":1}` || got.MemoryMax == nil || *got.MemoryMax != 0 || got.CPUMax == nil || *got.CPUMax != 0 {
+		t.Errorf("inline: %+v, %v", got, err)
+	}
+}
+
+func TestPluginErrorsNameFileAndKey(t *testing.T) {
+	for _, c := range []struct {
+		name, agent, file string
+		want              []string
+	}{
+		{"configured twice", "[plugins.p]\nx = 1", "x = 1", []string{"configured twice", "p.toml"}},
+		{"broken file", "", "a = 1\na = 2", []string{"p.toml:2"}},
+		{"unknown key of the agent's", "", "a = 1\n[belay]\nmemory = \"1GiB\"", []string{"p.toml:3: unknown key belay.memory"}},
+		{"unknown key, inline", "[plugins.p.belay]\nmemory = \"1GiB\"", "", []string{"[plugins.p]", "unknown key belay.memory"}},
+		{"belay is no table", "", "belay = 1", []string{"p.toml:1"}},
+		{"memory", "", "[belay]\nmemory_max = \"much\"", []string{"p.toml:2", "\"much\" is not an amount of memory", "256MiB"}},
+		{"memory without a unit", "", "[belay]\nmemory_max = \"64\"", []string{"p.toml:2", "\"64\" is not an amount"}},
+		{"too little memory", "", "[belay]\nmemory_max = \"1MiB\"", []string{"p.toml", "8MiB"}},
+		{"cpu", "", "[belay]\ncpu_max = \"0%\"", []string{"p.toml:2", "\"0%\" is not a share"}},
+		{"profile", "", "[belay]\nprofile = \"root\"", []string{"p.toml", "belay.profile is \"root\"", "auto, device, none"}},
+		{"checksum", "", "[belay]\nsha256 = \"00\"", []string{"p.toml", "belay.sha256"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			files := map[string]string{}
+			if c.file != "" {
+				files["p.toml"] = c.file
+			}
+			cfg, err := load(t, c.agent, files)
+			if err != nil {
+				t.Fatalf("the agent does not start: %v", err)
+			}
+			_, err = cfg.Plugin("p")
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			for _, w := range c.want {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("error %q does not say %q", err, w)
+				}
+			}
+		})
 	}
 }
 
@@ -113,8 +181,6 @@ func TestLoadErrorsNameKeyAndLine(t *testing.T) {
 		{"reserved attribute", "[attributes]\n\"belay.arch\" = \"z80\"", nil, []string{"belay.arch", "agent's own"}},
 		{"no JSON for it", "[plugins.p]\nx = inf", nil, []string{"plugin p"}},
 		{"plugin name", "[plugins.Nope]\nx = 1", nil, []string{"plugins.\"Nope\""}},
-		{"configured twice", "[plugins.p]\nx = 1", map[string]string{"p.toml": "x = 1"}, []string{"configured twice", "p.toml"}},
-		{"broken plugin file", "", map[string]string{"p.toml": "a = 1\na = 2"}, []string{"p.toml:2"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := load(t, c.agent, c.plugins)

@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,9 +16,9 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// Load reads the file at path over the defaults, then the plugins' own files,
-// and validates the whole. A missing file is an error unless path is
-// DefaultPath; a missing plugin_config_dir is not.
+// Load reads the file at path over the defaults and validates the whole. A
+// missing file is an error unless path is DefaultPath. The plugins' own files
+// are read by Plugin.
 func Load(path string) (Config, error) {
 	c := Default()
 	text, err := os.ReadFile(path)
@@ -30,9 +31,6 @@ func Load(path string) (Config, error) {
 			return Config{}, err
 		}
 	}
-	if err := c.loadPlugins(); err != nil {
-		return Config{}, err
-	}
 	if err := c.Validate(); err != nil {
 		return Config{}, fmt.Errorf("%s: %w", path, err)
 	}
@@ -40,13 +38,19 @@ func Load(path string) (Config, error) {
 }
 
 // decode is strict, and says where: "agent.toml:12: ...".
-func decode(path string, text []byte, into any) error {
+func decode(path string, text []byte, into any) error { return decodeOnly(path, text, into, "") }
+
+// decodeOnly is decode that, unless only is "", leaves all other tables alone.
+func decodeOnly(path string, text []byte, into any, only string) error {
 	d := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
 	err := d.Decode(into)
 	var missing *toml.StrictMissingError
 	if errors.As(err, &missing) {
 		var all []error
 		for _, e := range missing.Errors {
+			if only != "" && e.Key()[0] != only {
+				continue
+			}
 			line, _ := e.Position()
 			all = append(all, fmt.Errorf("%s:%d: unknown key %s", path, line, strings.Join(e.Key(), ".")))
 		}
@@ -63,33 +67,6 @@ func decode(path string, text []byte, into any) error {
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
-	}
-	return nil
-}
-
-// loadPlugins adds plugins.d/NAME.toml as [plugins.NAME].
-func (c *Config) loadPlugins() error {
-	files, err := filepath.Glob(filepath.Join(c.PluginConfigDir, "*.toml"))
-	if err != nil {
-		return fmt.Errorf("plugin_config_dir %s: %w", c.PluginConfigDir, err)
-	}
-	for _, f := range files {
-		name := strings.TrimSuffix(filepath.Base(f), ".toml")
-		if _, both := c.Plugins[name]; both {
-			return fmt.Errorf("plugin %s is configured twice: by [plugins.%s] and by %s: keep one of them", name, name, f)
-		}
-		text, err := os.ReadFile(f)
-		if err != nil {
-			return fmt.Errorf("read configuration of plugin %s: %w", name, err)
-		}
-		t := Table{}
-		if err := decode(f, text, &t); err != nil {
-			return err
-		}
-		if c.Plugins == nil {
-			c.Plugins = map[string]Table{}
-		}
-		c.Plugins[name] = t
 	}
 	return nil
 }
@@ -145,8 +122,8 @@ func (c *Config) Validate() error {
 		if !pluginName.MatchString(name) {
 			bad("plugins.%q: a plugin's name is 1 to 63 lower-case letters, digits and '-'", name)
 		}
-		if _, err := c.PluginJSON(name); err != nil {
-			all = append(all, err)
+		if _, err := json.Marshal(c.Plugins[name]); err != nil { // infinity and NaN have none
+			bad("plugin %s: %w", name, err)
 		}
 	}
 	return errors.Join(all...)

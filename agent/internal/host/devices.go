@@ -228,18 +228,20 @@ func (d devices) Watch(ctx context.Context, f func([]sdk.Device)) error {
 
 // Edits implements sdk.Devices.
 func (d devices) Edits(ctx context.Context, ids []string) (sdk.Edits, error) {
-	now, err := d.now()
+	done, _, now, err := d.p.enter(ctx, "device plugin", sdk.KindDevice)
 	if err != nil {
 		return sdk.Edits{}, err
 	}
+	defer done()
 	return now.Edits(ctx, ids)
 }
 
 // Stats implements sdk.Devices.
 func (d devices) Stats(ctx context.Context, ids []string) ([]sdk.DeviceStats, error) {
-	now, err := d.now()
+	done, _, now, err := d.p.enter(ctx, "device plugin", sdk.KindDevice)
 	if err != nil {
 		return nil, err
 	}
+	defer done()
 	return now.Stats(ctx, ids)
 }

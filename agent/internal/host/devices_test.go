@@ -38,7 +38,21 @@ func (d *detector) Info() sdk.Info {
 func (d *detector) Devices() sdk.Devices  { return d }
 func (d *detector) Options() []sdk.Option { return sdk.OptionsOf(detectorConfig{}) }
 func (d *detector) Configure(_ context.Context, c sdk.Config) error {
-	return sdk.DecodeConfig(c, &d.config)
+	switch {
+	case strings.HasSuffix(d.name, "hog"):
+		go hog()
+	case strings.HasSuffix(d.name, "floods"):
+		go flood()
+	}
+	if err := sdk.DecodeConfig(c, &d.config); err != nil || d.config.Mood != "curious" {
+		return err
+	}
+	return errors.Join(
+		os.WriteFile(filepath.Join(c.StateDir, "mine"), nil, 0o600),
+		os.WriteFile("/dev/null", []byte("x"), 0),
+		os.WriteFile(filepath.Join(c.StateDir, "tried"), []byte(fmt.Sprint(
+			os.WriteFile(filepath.Join(filepath.Dir(c.StateDir), "not-mine"), nil, 0o600), "; ",
+			syscall.Mknod(filepath.Join(c.StateDir, "node"), syscall.S_IFCHR, 1<<8|3))), 0o600))
 }
 
 func (d *detector) Watch(ctx context.Context, f func([]sdk.Device)) error {

@@ -33,13 +33,39 @@ type Config struct {
 	// StateDir and RunDir get one directory for each plugin. The path of
 	// RunDir must be short: sockets are made below it.
 	StateDir, RunDir string
-	// Plugins is the configuration of each plugin, by name.
-	Plugins map[string]json.RawMessage
+	// Settings reads the configuration of a plugin as it is now: at every
+	// launch, and every Timing.Scan while it runs. An error means that it
+	// cannot be used; nil: no plugin has any.
+	Settings func(name string) (Settings, error)
+	// LimitGroup is the cgroup, a path below the mount, in which plugins get
+	// one each with their limits; "": they are not limited.
+	LimitGroup string
+	// Stage is the program, with its first arguments, that calls Stage: plugins
+	// that are only detectors are run through it. Nil: they are not confined.
+	Stage []string
 	// Logger gets what happens to plugins and what they write to stderr; nil:
 	// slog's default.
 	Logger *slog.Logger
 	// Timing changes how patient the host is; zero fields keep the defaults.
 	Timing Timing
+}
+
+// Settings are the configuration of one plugin.
+type Settings struct {
+	// Source is where it is written, for messages; "" when nowhere.
+	Source string
+	// JSON is handed to the plugin.
+	JSON json.RawMessage
+	// Disabled plugins are not launched.
+	Disabled bool
+	// SHA256 the executable must have, hex; "": any.
+	SHA256 string
+	// MemoryMax in bytes and CPUMax in percent of one CPU, 0 being no limit;
+	// nil: the default of the plugin's kind.
+	MemoryMax *uint64
+	CPUMax    *int
+	// Profile is "", ProfileAuto, ProfileDevice or ProfileNone.
+	Profile string
 }
 
 // Timing of supervision.
@@ -53,7 +79,8 @@ type Timing struct {
 	Window     time.Duration // 10 min: crashes in it count
 	Crashes    int           // 5: so many in a window quarantine a plugin
 	Quarantine time.Duration // 5 min: between attempts from then on
-	Scan       time.Duration // 10 s: between looks at the directory
+	Scan       time.Duration // 5 s: between looks at the plugins' files
+	Drain      time.Duration // 10 s: for calls under way when a plugin is replaced
 	Inventory  time.Duration // 1 s: at least, between two changes of a plugin's devices
 	WatchRetry time.Duration // 1 s: before devices are watched again; doubles to MaxBackoff
 }
@@ -66,7 +93,7 @@ func (t *Timing) fill() {
 		{&t.Start, 20 * time.Second}, {&t.Close, 4 * time.Second},
 		{&t.Ping, 10 * time.Second}, {&t.PingAnswer, 10 * time.Second},
 		{&t.MinBackoff, 100 * time.Millisecond}, {&t.MaxBackoff, 30 * time.Second},
-		{&t.Window, 10 * time.Minute}, {&t.Quarantine, 5 * time.Minute}, {&t.Scan, 10 * time.Second},
+		{&t.Window, 10 * time.Minute}, {&t.Quarantine, 5 * time.Minute}, {&t.Scan, 5 * time.Second}, {&t.Drain, 10 * time.Second},
 		{&t.Inventory, time.Second}, {&t.WatchRetry, time.Second},
 	} {
 		if *f.field == 0 {
@@ -87,6 +114,7 @@ const (
 	Ready       State = "ready"
 	Failed      State = "failed"      // down; launched again after a while
 	Quarantined State = "quarantined" // crashed too often; launched again after a long while
+	Disabled    State = "disabled"    // by its configuration
 )
 
 // Status is what operators see of a plugin.
@@ -95,11 +123,17 @@ type Status struct {
 	Path     string
 	Version  string     // "" until it was up once
 	Kinds    []sdk.Kind // nil until it was up once
+	Protocol int        // version it speaks; 0 until it was up once
 	State    State
-	Error    string // why it is down, or last was
-	Restarts int    // launches after the first
+	Error    string // why it is down, or what else is wrong with it
+	Restarts int    // launches after it went down by itself
 	SHA256   string // of the executable that was last launched, hex
 	PID      int    // 0 unless it runs
+
+	Memory    uint64   // bytes it takes now; 0: not known
+	MemoryMax uint64   // its limit; 0: none
+	CPUMax    int      // percent of one CPU; 0: none
+	Missing   []string // protections this device cannot give, one sentence each
 
 	// Of runtimes, as last heard.
 	RuntimeVersion string
@@ -149,11 +183,6 @@ func New(c Config) (*Host, error) {
 			}
 		})
 	}
-	for name := range c.Plugins {
-		if h.plugins[name] == nil {
-			h.log.Warn("there is configuration for a plugin that is not there", "plugin", name, "dir", c.Dir)
-		}
-	}
 	return h, nil
 }
 
@@ -198,9 +227,8 @@ func (h *Host) Run(ctx context.Context) error {
 	}
 }
 
-// scan adds plugins that are new in the directory and returns them, wakes
-// those whose executable was replaced, and ends those whose executable is gone
-// and that are down.
+// scan adds plugins that are new in the directory and returns them, and has
+// all others look after their own files.
 func (h *Host) scan() ([]*plugin, error) {
 	entries, err := os.ReadDir(h.config.Dir)
 	if err != nil {
@@ -209,26 +237,17 @@ func (h *Host) scan() ([]*plugin, error) {
 	var added []*plugin
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	seen := map[string]bool{}
 	for _, e := range entries {
 		name := e.Name()
-		if ignored(e) {
+		if ignored(e) || h.plugins[name] != nil {
 			continue
 		}
-		seen[name] = true
-		p := h.plugins[name]
-		if p == nil {
-			p = newPlugin(h, name, filepath.Join(h.config.Dir, name))
-			h.plugins[name] = p
-			added = append(added, p)
-			continue
-		}
-		p.replaced()
+		p := newPlugin(h, name, filepath.Join(h.config.Dir, name))
+		h.plugins[name] = p
+		added = append(added, p)
 	}
-	for name, p := range h.plugins {
-		if !seen[name] {
-			p.unlinked()
-		}
+	for _, p := range h.plugins {
+		p.poke()
 	}
 	return added, nil
 }
@@ -241,6 +260,18 @@ func (h *Host) forget(p *plugin) {
 	h.mu.Unlock()
 	h.changed(p.name)
 	h.devicesChanged()
+}
+
+// settings of a plugin, as they are now.
+func (h *Host) settings(name string) (Settings, error) {
+	if h.config.Settings == nil {
+		return Settings{}, nil
+	}
+	s, err := h.config.Settings(name)
+	if err != nil {
+		return Settings{}, sdk.Errorf(sdk.Invalid, "read the configuration", "%w", err)
+	}
+	return s, nil
 }
 
 func (h *Host) changed(name string) {
@@ -260,7 +291,9 @@ func (h *Host) all() []*plugin {
 func (h *Host) Status() []Status {
 	var out []Status
 	for _, p := range h.all() {
-		out = append(out, p.status())
+		s := p.status()
+		s.Memory = memoryOf(s.PID)
+		out = append(out, s)
 	}
 	return out
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -26,6 +27,9 @@ var _ agent.Runtimes = (*Host)(nil)
 // The test binary is also every plugin: tests link to it by the name of the
 // behaviour they want.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "plugin-stage" {
+		os.Exit(Stage(os.Args[2:]))
+	}
 	if os.Getenv("BELAY_PLUGIN") != "" {
 		pretend(filepath.Base(os.Args[0]))
 	}
@@ -33,12 +37,15 @@ func TestMain(m *testing.M) {
 }
 
 func pretend(name string) {
+	if name == "garbage" {
+		garbage()
+	}
 	if strings.HasPrefix(name, "dev") {
 		serve.Main(&detector{name: name})
 	}
 	p := &sdktest.MemoryPlugin{Name: name, Memory: sdktest.NewMemory()}
 	switch {
-	case strings.HasPrefix(name, "good"):
+	case strings.HasPrefix(name, "good"): // "good-bystander" too
 		p.OnConfigure = func(c sdk.Config) error {
 			for _, d := range []string{c.StateDir, c.RunDir} {
 				if st, err := os.Stat(d); err != nil || st.Mode().Perm() != 0o700 {
@@ -47,6 +54,19 @@ func pretend(name string) {
 			}
 			return os.WriteFile(filepath.Join(c.StateDir, "config"), c.JSON, 0o600)
 		}
+	case strings.HasPrefix(name, "slow"):
+		p.Memory.FailWith(func(string) error { time.Sleep(300 * time.Millisecond); return nil })
+	case name == "picky":
+		p.OnConfigure = func(c sdk.Config) error {
+			if strings.Contains(string(c.JSON), "bad") {
+				return sdk.Errorf(sdk.Invalid, "configure", "color: bad is no color")
+			}
+			return nil
+		}
+	case strings.HasSuffix(name, "hog"):
+		p.OnConfigure = func(sdk.Config) error { go hog(); return nil }
+	case name == "floods":
+		p.OnConfigure = func(sdk.Config) error { go flood(); return nil }
 	case name == "misnamed":
 		p.Name = "somebody-else"
 	case name == "misconfigured":
@@ -76,6 +96,26 @@ func pretend(name string) {
 type fixture struct {
 	*Host
 	dir, state, run string
+	settings        *settings
+}
+
+// settings of plugins, as a test likes them at the moment.
+type settings struct {
+	mu  sync.Mutex
+	of  map[string]Settings
+	err map[string]error
+}
+
+func (s *settings) read(name string) (Settings, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.of[name], s.err[name]
+}
+
+func (s *settings) set(name string, to Settings, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.of[name], s.err[name] = to, err
 }
 
 // newFixture makes a host for plugins that are links to this binary.
@@ -86,14 +126,18 @@ func newFixture(t *testing.T, timing Timing, config map[string]json.RawMessage, 
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(base) })
-	f := fixture{dir: filepath.Join(base, "p"), state: filepath.Join(base, "s"), run: filepath.Join(base, "r")}
+	f := fixture{dir: filepath.Join(base, "p"), state: filepath.Join(base, "s"), run: filepath.Join(base, "r"),
+		settings: &settings{of: map[string]Settings{}, err: map[string]error{}}}
+	for name, json := range config {
+		f.settings.set(name, Settings{Source: name + ".toml", JSON: json}, nil)
+	}
 	if err := os.Mkdir(f.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range names {
 		f.link(t, n)
 	}
-	f.Host, err = New(Config{Dir: f.dir, StateDir: f.state, RunDir: f.run, Plugins: config, Timing: timing,
+	f.Host, err = New(Config{Dir: f.dir, StateDir: f.state, RunDir: f.run, Settings: f.settings.read, Timing: timing,
 		Logger: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	if err != nil {
 		t.Fatal(err)
@@ -188,8 +232,8 @@ func TestGoodPluginIsReady(t *testing.T) {
 	}
 	stop := f.start(t)
 	got := f.wait(t, "good", is(Ready))
-	want := Status{Name: "good", Path: filepath.Join(f.dir, "good"), Version: "1.2.3-test", Kinds: []sdk.Kind{sdk.KindRuntime},
-		State: Ready, RuntimeVersion: "memory", Images: true, Networks: []string{"bridge", "host", "none"}, PID: got.PID, SHA256: got.SHA256}
+	want := Status{Name: "good", Path: filepath.Join(f.dir, "good"), Version: "1.2.3-test", Kinds: []sdk.Kind{sdk.KindRuntime}, Protocol: sdk.ProtocolVersion,
+		State: Ready, RuntimeVersion: "memory", Images: true, Networks: []string{"bridge", "host", "none"}, PID: got.PID, Memory: got.Memory, SHA256: got.SHA256}
 	if d := cmp.Diff(want, got); d != "" || got.PID == 0 || len(got.SHA256) != 64 {
 		t.Errorf("status, pid %d, checksum %q (-want +got):\n%s", got.PID, got.SHA256, d)
 	}

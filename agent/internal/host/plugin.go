@@ -3,12 +3,10 @@ package host
 import (
 	"context"
 	"errors"
-	"io/fs"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,52 +20,100 @@ type plugin struct {
 	host *Host
 	name string
 	path string
-	wake chan struct{} // the executable was replaced, or is gone
+	wake chan struct{} // look after the files
 
 	settle func() // called once it was up or failed; may be called again
 
 	mu      sync.Mutex
 	st      Status
-	runtime sdk.Runtime // of the running process; nil otherwise
-	device  sdk.Devices // of the running process; nil otherwise
-	found   found       // what it last told
-	file    identity    // of the last launch
-	invalid bool        // the last launch failed for good
-	gone    bool        // no longer in the directory
+	runtime sdk.Runtime   // of the running process; nil otherwise
+	device  sdk.Devices   // of the running process; nil otherwise
+	calls   *calls        // of the running process
+	found   found         // what it last told
+	swap    chan struct{} // closed when a replacement is over; nil: none is under way
+	invalid bool          // the last launch failed for good
+	notes   notes
 
-	crashes     []time.Time // goroutine only; the latest last
-	quarantined bool        // goroutine only
+	// The goroutine's own.
+	crashes     []time.Time // the latest last
+	quarantined bool
+	files       files
+	group       *group // nil: not limited
+	killed      uint64 // for memory, when the process was launched
 }
+
+// notes are what is wrong with files that are not in use.
+type notes struct{ executable, configuration string }
 
 func newPlugin(h *Host, name, path string) *plugin {
 	return &plugin{host: h, name: name, path: path, wake: make(chan struct{}, 1), settle: func() {},
 		st: Status{Name: name, Path: path, State: Starting}}
 }
 
+// Why a life is over without anything being wrong.
+var (
+	errGone     = errors.New("its executable was removed")
+	errDisabled = errors.New("disabled by its configuration")
+)
+
+// replaced is why a process made room for the next.
+type replaced struct{ what string }
+
+func (r replaced) Error() string { return r.what + " was replaced" }
+
 // run launches the process again and again, until ctx ends or the executable
 // is gone.
 func (p *plugin) run(ctx context.Context) {
 	log := p.host.log.With("plugin", p.name)
 	defer p.settle()
-	for launches := 0; ctx.Err() == nil; launches++ {
-		p.update(func(s *Status) { s.State, s.Restarts = Starting, launches })
+	defer p.swapped()
+	defer func() {
+		if p.group != nil {
+			p.group.remove()
+		}
+	}()
+	for restarts := 0; ctx.Err() == nil; {
+		p.update(func(s *Status) { s.State, s.Restarts = Starting, restarts })
 		begun := time.Now()
 		err := p.live(ctx)
-		if ctx.Err() != nil {
+		var r replaced
+		switch {
+		case ctx.Err() != nil:
 			p.update(func(s *Status) { s.State, s.Error = Failed, errStopped.Error() })
 			return
-		}
-		if p.isGone() {
+		case errors.Is(err, errGone):
 			log.Info("plugin removed")
 			return
+		case errors.As(err, &r):
+			log.Info("plugin is launched anew", "why", r)
+			p.crashes, p.quarantined = nil, false
+			continue
+		case errors.Is(err, errDisabled):
+			p.swapped()
+			p.update(func(s *Status) { s.State, s.Error = Disabled, errDisabled.Error() })
+			p.settle()
+			log.Info("plugin is disabled", "by", p.files.running.Source)
+			if p.wait(ctx, 0) == errGone {
+				return
+			}
+			continue
 		}
+		p.swapped()
 		delay, state := p.judge(err, time.Since(begun), time.Now())
 		p.update(func(s *Status) { s.State, s.Error = state, err.Error() })
 		p.settle()
 		log.Error("plugin is down", "err", err, "state", state, "next", delay.Round(time.Millisecond))
-		if !p.wait(ctx, delay) {
+		restarts++
+		if delay == 0 {
+			continue
+		}
+		switch why := p.wait(ctx, delay); {
+		case errors.Is(why, errGone):
+			log.Info("plugin removed")
+			return
+		case why != nil:
 			p.crashes, p.quarantined = nil, false
-			log.Info("plugin's executable was replaced")
+			log.Info("plugin is tried again", "why", why)
 		}
 	}
 }
@@ -109,81 +155,49 @@ func backoff(crashes int, t Timing) time.Duration {
 	return d/2 + rand.N(d/2+1)
 }
 
-// wait returns false when it was woken.
-func (p *plugin) wait(ctx context.Context, d time.Duration) bool {
-	if d == 0 {
-		return true
+// wait waits for d, 0 being for ever, or less long when a file changed: then
+// it says what.
+func (p *plugin) wait(ctx context.Context, d time.Duration) error {
+	var over <-chan time.Time
+	if d > 0 {
+		timer := time.NewTimer(d)
+		defer timer.Stop()
+		over = timer.C
 	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
-	case <-p.wake:
-		return false
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-over:
+			return nil
+		case <-p.wake:
+			if why := p.lookWhileDown(); why != nil {
+				return why
+			}
+		}
 	}
-	return true
 }
 
 // live is the life of one process; the error says why it is over.
 func (p *plugin) live(ctx context.Context) error {
 	process, err := p.launch(ctx)
 	if err != nil {
-		return err
+		return p.explainKill(err)
 	}
 	defer process.Close(context.Background()) // bounded by Timing.Close
 	defer p.down()
 	p.up(ctx, process)
+	p.relimit(p.files.running, process.Info().Kinds)
+	if lacks := process.Missing(); lacks != nil {
+		p.update(func(s *Status) { s.Missing = append(slices.Clone(s.Missing), lacks...) })
+	}
 	defer p.followDevices(ctx)()
-	return p.watch(ctx, process)
-}
-
-func (p *plugin) launch(ctx context.Context) (*sdkhost.Plugin, error) {
-	if !validName.MatchString(p.name) {
-		return nil, sdk.Errorf(sdk.Invalid, "check plugin "+p.path, "a plugin's file name has only a-z, 0-9 and -, and at most 63 of them").
-			WithHint("rename it, or move what is no plugin out of the plugin directory")
+	err = p.watch(ctx, process)
+	if errors.As(err, new(replaced)) || errors.Is(err, errGone) {
+		p.drain(ctx, process)
+		return err
 	}
-	file, err := identify(p.path)
-	p.mu.Lock()
-	p.file = file
-	p.mu.Unlock()
-	if err != nil {
-		kind := sdk.Unavailable
-		if errors.Is(err, fs.ErrNotExist) {
-			kind = sdk.Invalid
-		}
-		return nil, sdk.Errorf(kind, "check plugin "+p.path, "%w", err)
-	}
-	if err := checkTrust(p.path); err != nil {
-		return nil, err
-	}
-	if file.mode.IsRegular() {
-		sum, err := checksum(p.path)
-		if err != nil {
-			return nil, sdk.Errorf(sdk.Unavailable, "check plugin "+p.path, "%w", err)
-		}
-		p.update(func(s *Status) { s.SHA256 = sum })
-	}
-	c := sdk.Config{
-		StateDir: filepath.Join(p.host.config.StateDir, p.name),
-		RunDir:   filepath.Join(p.host.config.RunDir, p.name),
-		JSON:     p.host.config.Plugins[p.name],
-	}
-	for _, d := range []string{c.StateDir, c.RunDir} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			return nil, sdk.Errorf(sdk.Unavailable, "prepare plugin "+p.name, "%w", err)
-		}
-		if err := os.Chmod(d, 0o700); err != nil {
-			return nil, sdk.Errorf(sdk.Unavailable, "prepare plugin "+p.name, "%w", err)
-		}
-	}
-	// Sockets of an agent that was killed.
-	sdkhost.RemoveSockets(c.RunDir)
-	t := p.host.config.Timing
-	return sdkhost.Launch(ctx, sdkhost.Options{
-		Path: p.path, Name: p.name, SocketDir: c.RunDir, Config: c,
-		Logger: p.host.log, StartTimeout: t.Start, CloseTimeout: t.Close,
-	})
+	return p.explainKill(err)
 }
 
 // up makes a launched process the plugin.
@@ -192,7 +206,7 @@ func (p *plugin) up(ctx context.Context, process *sdkhost.Plugin) {
 	runtime, _ := process.Runtime()
 	device, _ := process.Devices()
 	p.mu.Lock()
-	p.runtime, p.device = runtime, device
+	p.runtime, p.device, p.calls = runtime, device, newCalls()
 	if device == nil {
 		p.found = found{}
 	}
@@ -202,8 +216,9 @@ func (p *plugin) up(ctx context.Context, process *sdkhost.Plugin) {
 	p.askRuntime(ctx, runtime, min(2*time.Second, p.host.config.Timing.PingAnswer))
 	p.update(func(s *Status) {
 		s.State, s.Error, s.PID = Ready, "", process.PID()
-		s.Version, s.Kinds = info.Version, info.Kinds
+		s.Version, s.Kinds, s.Protocol = info.Version, info.Kinds, process.ProtocolVersion()
 	})
+	p.swapped()
 	p.settle()
 	p.host.log.Info("plugin is up", "plugin", p.name, "version", info.Version, "pid", process.PID())
 }
@@ -234,21 +249,39 @@ func (p *plugin) askRuntime(ctx context.Context, r sdk.Runtime, timeout time.Dur
 	return true
 }
 
-// watch returns when the process is dead, hangs, or ctx ended.
+// watch returns when the process is dead, hangs or is to be replaced, or ctx
+// ended.
 func (p *plugin) watch(ctx context.Context, process *sdkhost.Plugin) error {
 	t := p.host.config.Timing
 	runtime, _ := process.Runtime()
 	known := p.status().RuntimeVersion != ""
 	tick := time.NewTicker(t.Ping)
 	defer tick.Stop()
+	var settled <-chan time.Time // when a file that changed is looked at again
 	missed := 0
 	for beat := 1; ; beat++ {
+		var look bool
 		select {
 		case <-ctx.Done():
 			return errStopped
 		case <-process.Exited():
 			return sdk.Errorf(sdk.Unavailable, "run plugin "+p.name, "the process ended: %s", process.ExitReason())
+		case <-p.wake:
+			look = true
+		case <-settled:
+			look = true
 		case <-tick.C:
+		}
+		if look {
+			beat--
+			again, why := p.lookWhileUp(ctx, process)
+			if why != nil {
+				return why
+			}
+			if settled = nil; again {
+				settled = time.After(t.Scan / 4)
+			}
+			continue
 		}
 		pctx, cancel := context.WithTimeout(ctx, t.PingAnswer)
 		err := process.Ping(pctx)
@@ -298,9 +331,16 @@ func (p *plugin) status() Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := p.st
-	if s.State == Ready && s.Error == "" {
-		s.Error = p.found.err
+	if s.State != Ready {
+		return s
 	}
+	var wrong []string
+	for _, w := range []string{s.Error, p.found.err, p.notes.executable, p.notes.configuration} {
+		if w != "" {
+			wrong = append(wrong, w)
+		}
+	}
+	s.Error = strings.Join(wrong, "; ")
 	return s
 }
 
@@ -313,34 +353,9 @@ func (p *plugin) mayBeRuntime() bool {
 	return slices.Contains(p.st.Kinds, sdk.KindRuntime)
 }
 
-// replaced wakes a plugin that is down when its executable is another now.
-func (p *plugin) replaced() {
-	file, err := identify(p.path)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.gone = false
-	if err == nil && file != p.file && (p.st.State == Failed || p.st.State == Quarantined) {
-		p.poke()
-	}
-}
-
-// unlinked lets a plugin go once it is down.
-func (p *plugin) unlinked() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.gone = true
-	p.poke()
-}
-
 func (p *plugin) poke() {
 	select {
 	case p.wake <- struct{}{}:
 	default:
 	}
-}
-
-func (p *plugin) isGone() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.gone
 }

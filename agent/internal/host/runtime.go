@@ -36,73 +36,81 @@ func (p *plugin) away(what string, kind sdk.Kind) error {
 
 // Info implements sdk.Runtime.
 func (r runtime) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return sdk.RuntimeInfo{}, err
 	}
+	defer done()
 	return rt.Info(ctx)
 }
 
 // PrepareTask implements sdk.Runtime.
 func (r runtime) PrepareTask(ctx context.Context, t sdk.TaskSpec) error {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return err
 	}
+	defer done()
 	return rt.PrepareTask(ctx, t)
 }
 
 // RemoveTask implements sdk.Runtime.
 func (r runtime) RemoveTask(ctx context.Context, task string) error {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return err
 	}
+	defer done()
 	return rt.RemoveTask(ctx, task)
 }
 
 // Pull implements sdk.Runtime.
 func (r runtime) Pull(ctx context.Context, q sdk.PullRequest, progress func(sdk.PullProgress)) (sdk.Image, error) {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return sdk.Image{}, err
 	}
+	defer done()
 	return rt.Pull(ctx, q, progress)
 }
 
 // Start implements sdk.Runtime.
 func (r runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container, error) {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return sdk.Container{}, err
 	}
+	defer done()
 	return rt.Start(ctx, q)
 }
 
 // Stop implements sdk.Runtime.
 func (r runtime) Stop(ctx context.Context, a sdk.Attempt, grace time.Duration) (sdk.Container, error) {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return sdk.Container{}, err
 	}
+	defer done()
 	return rt.Stop(ctx, a, grace)
 }
 
 // Remove implements sdk.Runtime.
 func (r runtime) Remove(ctx context.Context, a sdk.Attempt) error {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return err
 	}
+	defer done()
 	return rt.Remove(ctx, a)
 }
 
 // List implements sdk.Runtime.
 func (r runtime) List(ctx context.Context) (sdk.Inventory, error) {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return sdk.Inventory{}, err
 	}
+	defer done()
 	return rt.List(ctx)
 }
 
@@ -117,18 +125,20 @@ func (r runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
 
 // Stats implements sdk.Runtime.
 func (r runtime) Stats(ctx context.Context, a sdk.Attempt) (sdk.Stats, error) {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return sdk.Stats{}, err
 	}
+	defer done()
 	return rt.Stats(ctx, a)
 }
 
 // Exec implements sdk.Runtime.
 func (r runtime) Exec(ctx context.Context, q sdk.ExecRequest) (sdk.ExecResult, error) {
-	rt, err := r.now()
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
 	if err != nil {
 		return sdk.ExecResult{}, err
 	}
+	defer done()
 	return rt.Exec(ctx, q)
 }

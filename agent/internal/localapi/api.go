@@ -72,6 +72,12 @@ type Plugin struct {
 	Restarts  int      `json:"restarts"`
 	Path      string   `json:"path"`
 	Checksum  string   `json:"checksum,omitempty"`
+	Protocol  int      `json:"protocol,omitempty"` // version of the plugin protocol
+	// MemoryBytes it takes now, its share of what it has in common with others.
+	MemoryBytes        uint64   `json:"memoryBytes,omitempty"`
+	MemoryMaxBytes     uint64   `json:"memoryMaxBytes,omitempty"` // 0: not limited
+	CPUMaxPercent      int      `json:"cpuMaxPercent,omitempty"`  // of one CPU; 0: not limited
+	ProtectionsMissing []string `json:"protectionsMissing,omitempty"`
 }
 
 // Source is what the server tells of. Calls come at the same time as each

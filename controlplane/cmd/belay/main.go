@@ -147,7 +147,7 @@ exits with the container's exit code, or 125 when the task never started.`,
 	f.DurationVar(&c.flags.timeout, "timeout", 30*time.Second, "give up on a call after this long")
 	c.complete(root, "output", "table", "json", "yaml")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.activation(), c.cluster(), c.instance(), c.taskdef(), c.task(), c.logs(), c.version())
+	root.AddCommand(c.activation(), c.cluster(), c.instance(), c.taskdef(), c.task(), c.logs(), c.plugin(), c.version())
 	return root
 }
 

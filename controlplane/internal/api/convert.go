@@ -94,6 +94,7 @@ func instance(v controlplane.InstanceView) *apiv1.Instance {
 			return &apiv1.Plugin{
 				Name: p.Name, Version: p.Version, Kinds: p.Kinds, State: p.State,
 				LastError: p.LastError, Checksum: p.Checksum, Restarts: uint32(p.Restarts),
+				ProtocolVersion: uint32(p.Protocol), MemoryBytes: p.MemoryBytes, MemoryMaxBytes: p.MemoryMaxBytes, ProtectionsMissing: p.Missing,
 			}
 		}),
 	}

@@ -136,6 +136,7 @@ func factsOf(f *wire.Facts) controlplane.Facts {
 		out.Plugins = append(out.Plugins, controlplane.PluginInfo{
 			Name: p.GetName(), Version: p.GetVersion(), Kinds: p.GetKinds(), State: p.GetState(),
 			LastError: p.GetLastError(), Checksum: p.GetChecksum(), Restarts: int(p.GetRestarts()), Networks: p.GetNetworks(),
+			Protocol: int(min(p.GetProtocolVersion(), 1<<16)), MemoryBytes: p.GetMemoryBytes(), MemoryMaxBytes: p.GetMemoryMaxBytes(), Missing: p.GetMissing(),
 		})
 	}
 	for _, d := range f.GetDevices() {

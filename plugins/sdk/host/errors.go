@@ -25,11 +25,24 @@ var (
 	ErrTimeout       = errors.New("not ready in time")
 	ErrVersion       = errors.New("speaks another protocol version")
 	ErrName          = errors.New("has another name")
+	ErrConfig        = errors.New("configuration does not fit its options")
+	ErrGarbage       = errors.New("does not speak the plugin protocol")
 )
 
 // failed makes the error of a launch. sentinel is one of the above.
 func failed(kind sdk.ErrorKind, sentinel error, path, hint, format string, args ...any) error {
 	return &sdk.Error{Kind: kind, Op: "launch plugin " + path, Message: fmt.Sprintf(format, args...), Hint: hint, Err: sentinel}
+}
+
+// isGarbage tells whether a call failed because of what the other side sent.
+// gRPC has no better name for it than its words.
+func isGarbage(err error) bool {
+	for _, words := range []string{"error reading server preface", "frame too large", "http2: ", "connection error: desc = \"PROTOCOL_ERROR", "unexpected content-type", "malformed header"} {
+		if strings.Contains(err.Error(), words) {
+			return true
+		}
+	}
+	return false
 }
 
 // checkFile refuses what can be told without running it.

@@ -43,7 +43,16 @@ type Options struct {
 	// Env is added to the environment; nothing of the host's own environment
 	// but PATH, HOME, TMPDIR, TZ, LANG and proxy settings reaches a plugin.
 	Env []string
-	// Logger gets what the plugin writes to stderr; nil: slog's default.
+	// Wrap is a program with its first arguments that is run in place of the
+	// executable and becomes it, by execve, once it has made the process safer:
+	// Path and Args follow as its last arguments. WrapGo
+	// and WrapStatus say how it is talked to. Nil: the executable runs at once.
+	Wrap []string
+	// Place is called with the process while it waits in Wrap or, without one,
+	// has just started. It may put it where its use of resources is limited.
+	Place func(ctx context.Context, pid int)
+	// Logger gets what the plugin writes to stderr and stdout, at most
+	// LogRate lines a second; nil: slog's default.
 	Logger *slog.Logger
 	// StartTimeout bounds everything Launch does; 0: 10 s.
 	StartTimeout time.Duration
@@ -78,6 +87,9 @@ func (p *Plugin) ProtocolVersion() int { return p.version }
 
 // Options are what its configuration may hold; false when it does not say.
 func (p *Plugin) Options() ([]sdk.Option, bool) { return p.options, p.optionsKnown }
+
+// Missing are the protections that Wrap could not give it, one sentence each.
+func (p *Plugin) Missing() []string { return p.proc.missing() }
 
 // PID of the process.
 func (p *Plugin) PID() int { return p.proc.pid() }

@@ -348,11 +348,33 @@ func TestDeathFailsCallsAtOnce(t *testing.T) {
 	noSockets(t, dir)
 }
 
-func TestHungPluginIsBoundedByTheCaller(t *testing.T) {
-	p := launch(t, "good")
-	if err := syscall.Kill(p.PID(), syscall.SIGSTOP); err != nil {
+// stopProcess returns once every thread has stopped: until then it answers.
+func stopProcess(t *testing.T, pid int) {
+	t.Helper()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		running := len(stats) == 0
+		for _, path := range stats {
+			if b, err := os.ReadFile(path); err == nil && !strings.Contains(string(b), ") T ") {
+				running = true
+			}
+		}
+		switch {
+		case !running:
+			return
+		case time.Now().After(deadline):
+			t.Fatalf("process %d does not stop", pid)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
+func TestHungPluginIsBoundedByTheCaller(t *testing.T) {
+	p := launch(t, "good")
+	stopProcess(t, p.PID())
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	if err := p.Ping(ctx); !errors.Is(err, sdk.Deadline) {

@@ -16,7 +16,6 @@ import (
 	hclog "github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
 	"github.com/hashicorp/go-plugin/runner"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -29,6 +28,30 @@ import (
 // Launch starts the executable, checks what it is and configures it. When it
 // fails nothing is left running. ctx bounds the launch, not the plugin.
 func Launch(ctx context.Context, o Options) (*Plugin, error) {
+	return launch(ctx, o, (*Plugin).introduce)
+}
+
+// Description is what a plugin says before it is configured.
+type Description struct {
+	Info            sdk.Info
+	ProtocolVersion int
+	Options         []sdk.Option
+	OptionsKnown    bool // false: it does not say what its configuration may hold
+}
+
+// Describe starts the executable, asks what it is, checks that the
+// configuration fits its options, and ends it. It never configures it: a
+// process of the same plugin may run beside it.
+func Describe(ctx context.Context, o Options) (Description, error) {
+	p, err := launch(ctx, o, (*Plugin).identify)
+	if err != nil {
+		return Description{}, err
+	}
+	p.Kill() // it has done nothing yet
+	return Description{Info: p.info, ProtocolVersion: p.version, Options: p.options, OptionsKnown: p.optionsKnown}, nil
+}
+
+func launch(ctx context.Context, o Options, introduce func(*Plugin, context.Context) error) (*Plugin, error) {
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}
@@ -47,23 +70,32 @@ func Launch(ctx context.Context, o Options) (*Plugin, error) {
 	ctx, cancel := context.WithTimeout(ctx, o.StartTimeout)
 	defer cancel()
 
-	cmd := exec.Command(o.Path, o.Args...)
+	argv := slices.Concat(o.Wrap, []string{o.Path}, o.Args)
+	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env = append(environment(os.Environ()), o.Env...)
+	stderr := newStderrLog(o.Logger.With("plugin", pluginName(o)))
 	p := &Plugin{
 		opts:   o,
-		proc:   newProcess(cmd),
-		stderr: &stderrLog{log: o.Logger.With("plugin", pluginName(o))},
+		proc:   &process{cmd: cmd, wrapped: o.Wrap != nil, place: o.Place, more: stderr, exited: make(chan struct{})},
+		stderr: stderr,
 		closed: make(chan struct{}),
 	}
 	if err := p.connect(ctx); err != nil {
 		return nil, err
 	}
-	if err := p.introduce(ctx); err != nil {
+	if err := introduce(p, ctx); err != nil {
 		p.Kill()
 		return nil, err
 	}
 	return p, nil
 }
+
+// Bounds of what is taken from a plugin.
+const (
+	maxMessage = 16 << 20 // a List of everything a device can hold has less
+	maxHeader  = 64 << 10 // where errors travel
+	window     = 64 << 10 // in flight, of one call and of all together
+)
 
 func pluginName(o Options) string {
 	if o.Name != "" {
@@ -134,6 +166,10 @@ func (p *Plugin) connect(ctx context.Context) error {
 		GRPCDialOptions: []grpc.DialOption{
 			grpc.WithContextDialer(p.dial),
 			grpc.WithReadBufferSize(4 << 10), grpc.WithWriteBufferSize(4 << 10),
+			// What a plugin may make us hold: go-plugin would take any message.
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+			grpc.WithMaxHeaderListSize(maxHeader),
+			grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window),
 		},
 	})
 
@@ -143,6 +179,7 @@ func (p *Plugin) connect(ctx context.Context) error {
 		<-p.proc.exited
 		ended()
 		_ = os.Remove(handshake.SocketPath(p.opts.SocketDir, p.proc.pid())) // it may have had no time to
+		time.AfterFunc(lingering, p.stderr.end)
 	}()
 
 	addr, err := p.client.Start()
@@ -244,6 +281,19 @@ func (p *Plugin) configure(ctx context.Context) error {
 
 // introduce asks who it is, checks its configuration and hands it over.
 func (p *Plugin) introduce(ctx context.Context) error {
+	if err := p.identify(ctx); err != nil {
+		return err
+	}
+	cctx, done := p.call(ctx)
+	defer done()
+	if err := p.configure(cctx); err != nil {
+		return p.explainCall(ctx, "configure", err)
+	}
+	return nil
+}
+
+// identify asks who it is and checks its configuration.
+func (p *Plugin) identify(ctx context.Context) error {
 	cctx, done := p.call(ctx)
 	defer done()
 	if err := p.describe(cctx); err != nil {
@@ -258,11 +308,8 @@ func (p *Plugin) introduce(ctx context.Context) error {
 	}
 	if p.optionsKnown {
 		if err := sdk.CheckConfig(p.options, p.opts.Config.JSON); err != nil {
-			return failed(sdk.Invalid, err, p.opts.Path, "correct the plugin's configuration", "%v", err)
+			return failed(sdk.Invalid, errors.Join(ErrConfig, err), p.opts.Path, "correct the plugin's configuration", "%v", err)
 		}
-	}
-	if err := p.configure(cctx); err != nil {
-		return p.explainCall(ctx, "configure", err)
 	}
 	return nil
 }
@@ -275,6 +322,9 @@ func (p *Plugin) explainCall(ctx context.Context, op string, err error) error {
 	}
 	e := p.explain(ctx, op, err)
 	var se *sdk.Error
+	if errors.As(e, &se) && se.Kind == sdk.Unavailable && !p.hasExited() && isGarbage(err) {
+		return failed(sdk.Unavailable, ErrGarbage, p.opts.Path, "this is a defect of the plugin", "what it sends on its socket is not the plugin protocol (%s)", se.Message)
+	}
 	if p.hasExited() && errors.As(e, &se) {
 		return failed(sdk.Unavailable, ErrExited, p.opts.Path, "", "it ended during %s: %s%s", op, p.exitStatus(), p.said())
 	}
@@ -289,8 +339,7 @@ func (p *Plugin) explainCall(ctx context.Context, op string, err error) error {
 	return e
 }
 
-// dial connects to the plugin's socket and checks that what listens there
-// runs as the user we started it as.
+// dial connects to the plugin's socket and checks who listens there.
 func (p *Plugin) dial(ctx context.Context, _ string) (net.Conn, error) {
 	if p.alive.Err() != nil {
 		return nil, errors.New("the plugin has ended")
@@ -304,31 +353,12 @@ func (p *Plugin) dial(ctx context.Context, _ string) (net.Conn, error) {
 	// the other end: then every call would wait for ever.
 	context.AfterFunc(p.alive, func() { c.Close() })
 	if u, ok := c.(*net.UnixConn); ok {
-		if err := checkPeer(u); err != nil {
+		if err := p.checkPeer(u); err != nil {
 			c.Close()
 			return nil, err
 		}
 	}
 	return c, nil
-}
-
-func checkPeer(c *net.UnixConn) error {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
-	}
-	if credErr != nil {
-		return credErr
-	}
-	if int(cred.Uid) != os.Geteuid() {
-		return fmt.Errorf("the plugin's socket is served by user %d, not by the user %d it was started as", cred.Uid, os.Geteuid())
-	}
-	return nil
 }
 
 // connection is the go-plugin "plugin" that hands out its gRPC connection.

@@ -22,6 +22,9 @@ import (
 // plugin started may hold those open for days.
 type process struct {
 	cmd      *exec.Cmd
+	wrapped  bool                       // cmd becomes the plugin once it is told to
+	place    func(context.Context, int) // may be nil
+	more     io.Writer                  // gets stdout after the handshake
 	stdout   *os.File
 	stderr   *os.File
 	lifeline *os.File // closed with us: the plugin's stdin ends
@@ -33,14 +36,11 @@ type process struct {
 	running *os.Process // nil until it was started
 	doomed  bool        // killed, perhaps before it was started
 	first   string      // line of stdout, which should be the handshake
+	lacks   []string    // protections
 }
 
 // lingering is how long output is still read once the process has ended.
 const lingering = 200 * time.Millisecond
-
-func newProcess(cmd *exec.Cmd) *process {
-	return &process{cmd: cmd, exited: make(chan struct{})}
-}
 
 // Start implements runner.Runner.
 func (p *process) Start(ctx context.Context) error {
@@ -64,7 +64,8 @@ func (p *process) Start(ctx context.Context) error {
 		childEnds = append(childEnds, w)
 		return r, w, nil
 	}
-	var in, out, err2 *os.File
+	var in, out, err2, toldGo, tellStatus *os.File // theirs
+	var tellGo, status *os.File                    // ours, with a wrapper
 	var err error
 	if p.lifeline, in, err = pipe(false); err != nil {
 		return err
@@ -76,6 +77,19 @@ func (p *process) Start(ctx context.Context) error {
 	if p.stderr, err2, err = pipe(true); err != nil {
 		p.closePipes()
 		return err
+	}
+	if p.wrapped {
+		tellGo, toldGo, err = pipe(false)
+		if err == nil {
+			defer tellGo.Close()
+			status, tellStatus, err = pipe(true)
+		}
+		if err != nil {
+			p.closePipes()
+			return err
+		}
+		defer status.Close()
+		p.cmd.ExtraFiles = []*os.File{toldGo, tellStatus} // WrapGo, WrapStatus
 	}
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = in, out, err2
 	p.cmd.Env = append(p.cmd.Env, handshake.LifelineKey+"="+handshake.LifelineStdin)
@@ -91,6 +105,21 @@ func (p *process) Start(ctx context.Context) error {
 		_ = p.running.Kill()
 	}
 	p.mu.Unlock()
+	if p.place != nil {
+		p.place(ctx, p.cmd.Process.Pid)
+	}
+	if p.wrapped {
+		tellStatus.Close() // or its end would never be seen
+		if err := p.release(tellGo, status); err != nil {
+			_ = p.cmd.Process.Kill()
+			_ = p.cmd.Wait()
+			p.mu.Lock()
+			p.running = nil
+			p.mu.Unlock()
+			p.closePipes()
+			return err
+		}
+	}
 	go func() {
 		p.err = p.cmd.Wait()
 		close(p.exited)
@@ -117,7 +146,7 @@ func (p *process) start(ctx context.Context) error {
 		// A Cmd that failed to start cannot be started again.
 		again := exec.Command(p.cmd.Path, p.cmd.Args[1:]...)
 		again.Env, again.Dir, again.SysProcAttr = p.cmd.Env, p.cmd.Dir, p.cmd.SysProcAttr
-		again.Stdin, again.Stdout, again.Stderr = p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr
+		again.Stdin, again.Stdout, again.Stderr, again.ExtraFiles = p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr, p.cmd.ExtraFiles
 		*p.cmd = *again
 	}
 	return syscall.ETXTBSY
@@ -162,9 +191,10 @@ func (p *process) Stdout() io.ReadCloser {
 		p.first = strings.TrimSpace(line)
 		p.mu.Unlock()
 		_, _ = io.WriteString(w, line)
-		// Whatever follows is not for us, but a full pipe would stop the
-		// plugin, and a line without end would stop go-plugin's reader.
-		_, _ = io.Copy(io.Discard, ending{p.stdout})
+		// Whatever follows is for the log. A full pipe would stop the plugin,
+		// and a line without end would stop go-plugin's reader.
+		_, _ = io.Copy(p.more, buf)
+		_, _ = io.Copy(p.more, ending{p.stdout})
 		w.Close()
 	}()
 	return r

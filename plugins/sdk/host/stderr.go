@@ -6,11 +6,21 @@ import (
 	"encoding/json"
 	"log/slog"
 	"sync"
+	"time"
 )
 
+// What a plugin may write into the log. A flood is read, so that it does not
+// stop the plugin, but no faster than costs the device nothing worth speaking of.
 const (
-	keptLines = 10      // of stderr, for errors about a plugin that ended
-	maxLine   = 8 << 10 // longer lines are cut
+	LogRate  = 100     // lines a second, in the long run
+	LogBurst = 500     // lines at once
+	maxLine  = 8 << 10 // bytes; longer lines are cut
+
+	readRate  = 4 << 20 // bytes a second
+	readBurst = 4 << 20
+
+	keptLines = 10 // for errors about a plugin that ended
+	dropsTold = 5 * time.Second
 )
 
 // stderrLog turns what a plugin writes to stderr into log records and keeps
@@ -21,12 +31,65 @@ type stderrLog struct {
 	mu      sync.Mutex
 	partial []byte
 	last    []string
+	lines   bucket
+	bytes   bucket
+	dropped int
+	told    time.Time // of the last word about dropped lines
+}
+
+func newStderrLog(log *slog.Logger) *stderrLog {
+	now := time.Now()
+	return &stderrLog{log: log, lines: newBucket(LogRate, LogBurst, now), bytes: newBucket(readRate, readBurst, now)}
+}
+
+// bucket is a token bucket that may go into debt.
+type bucket struct {
+	rate, most, tokens float64
+	at                 time.Time
+}
+
+func newBucket(rate, most float64, now time.Time) bucket {
+	return bucket{rate: rate, most: most, tokens: most, at: now}
+}
+
+func (b *bucket) fill(now time.Time) {
+	b.tokens = min(b.most, b.tokens+b.rate*now.Sub(b.at).Seconds())
+	b.at = now
+}
+
+// take gives one token, or none.
+func (b *bucket) take(now time.Time) bool {
+	b.fill(now)
+	if b.tokens < 1 {
+		return false
+	}
+	b.tokens--
+	return true
+}
+
+// owe takes n and says how long to wait until the debt is paid.
+func (b *bucket) owe(n int, now time.Time) time.Duration {
+	b.fill(now)
+	b.tokens -= float64(n)
+	if b.tokens >= 0 {
+		return 0
+	}
+	return time.Duration(-b.tokens / b.rate * float64(time.Second))
 }
 
 // Write takes any piece of the stream.
 func (w *stderrLog) Write(b []byte) (int, error) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
+	wait := w.bytes.owe(len(b), time.Now())
+	n := w.write(b)
+	w.mu.Unlock()
+	if wait > 0 {
+		time.Sleep(min(wait, 100*time.Millisecond))
+	}
+	return n, nil
+}
+
+func (w *stderrLog) write(b []byte) int {
 	n := len(b)
 	for len(b) > 0 {
 		i := bytes.IndexByte(b, '\n')
@@ -45,12 +108,23 @@ func (w *stderrLog) Write(b []byte) (int, error) {
 		w.line(string(bytes.TrimRight(w.partial, "\r")))
 		w.partial = w.partial[:0]
 	}
-	return n, nil
+	return n
 }
 
 func (w *stderrLog) line(s string) {
 	if s == "" {
 		return
+	}
+	now := time.Now()
+	if !w.lines.take(now) {
+		w.dropped++
+		// Unparsed: what it died of may be among them.
+		w.keep(s)
+		return
+	}
+	if w.dropped > 0 && now.Sub(w.told) >= dropsTold {
+		w.log.Warn("plugin writes too much: lines were dropped", "lines", w.dropped, "most_a_second", LogRate)
+		w.dropped, w.told = 0, now
 	}
 	level, message, attrs := parseLine(s)
 	w.log.LogAttrs(context.Background(), level, message, attrs...)
@@ -63,9 +137,22 @@ func (w *stderrLog) line(s string) {
 			kept += ": " + a.Value.String()
 		}
 	}
-	w.last = append(w.last, kept)
-	if len(w.last) > keptLines {
-		w.last = w.last[1:]
+	w.keep(kept)
+}
+
+func (w *stderrLog) keep(s string) {
+	if w.last = append(w.last, s); len(w.last) > keptLines {
+		w.last = append(w.last[:0], w.last[1:]...)
+	}
+}
+
+// end tells what was dropped and not told yet.
+func (w *stderrLog) end() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.dropped > 0 {
+		w.log.Warn("plugin wrote too much: lines were dropped", "lines", w.dropped, "most_a_second", LogRate)
+		w.dropped = 0
 	}
 }
 

@@ -1225,16 +1225,20 @@ func (x *Resources) GetPorts() []string {
 }
 
 type Plugin struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	Kinds         []string               `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
-	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
-	LastError     string                 `protobuf:"bytes,5,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
-	Checksum      string                 `protobuf:"bytes,6,opt,name=checksum,proto3" json:"checksum,omitempty"`
-	Restarts      uint32                 `protobuf:"varint,7,opt,name=restarts,proto3" json:"restarts,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Name               string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Version            string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Kinds              []string               `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	State              string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
+	LastError          string                 `protobuf:"bytes,5,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	Checksum           string                 `protobuf:"bytes,6,opt,name=checksum,proto3" json:"checksum,omitempty"`
+	Restarts           uint32                 `protobuf:"varint,7,opt,name=restarts,proto3" json:"restarts,omitempty"`
+	ProtocolVersion    uint32                 `protobuf:"varint,8,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"`
+	MemoryBytes        uint64                 `protobuf:"varint,9,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`                      // as last told
+	MemoryMaxBytes     uint64                 `protobuf:"varint,10,opt,name=memory_max_bytes,json=memoryMaxBytes,proto3" json:"memory_max_bytes,omitempty"`          // 0: not limited
+	ProtectionsMissing []string               `protobuf:"bytes,11,rep,name=protections_missing,json=protectionsMissing,proto3" json:"protections_missing,omitempty"` // one sentence each
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Plugin) Reset() {
@@ -1314,6 +1318,34 @@ func (x *Plugin) GetRestarts() uint32 {
 		return x.Restarts
 	}
 	return 0
+}
+
+func (x *Plugin) GetProtocolVersion() uint32 {
+	if x != nil {
+		return x.ProtocolVersion
+	}
+	return 0
+}
+
+func (x *Plugin) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *Plugin) GetMemoryMaxBytes() uint64 {
+	if x != nil {
+		return x.MemoryMaxBytes
+	}
+	return 0
+}
+
+func (x *Plugin) GetProtectionsMissing() []string {
+	if x != nil {
+		return x.ProtectionsMissing
+	}
+	return nil
 }
 
 type InstanceResources struct {
@@ -4019,7 +4051,7 @@ const file_belay_proto_rawDesc = "" +
 	"\tResources\x12\x10\n" +
 	"\x03cpu\x18\x01 \x01(\rR\x03cpu\x12\x16\n" +
 	"\x06memory\x18\x02 \x01(\rR\x06memory\x12\x14\n" +
-	"\x05ports\x18\x03 \x03(\tR\x05ports\"\xb9\x01\n" +
+	"\x05ports\x18\x03 \x03(\tR\x05ports\"\xe2\x02\n" +
 	"\x06Plugin\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
@@ -4028,7 +4060,12 @@ const file_belay_proto_rawDesc = "" +
 	"\n" +
 	"last_error\x18\x05 \x01(\tR\tlastError\x12\x1a\n" +
 	"\bchecksum\x18\x06 \x01(\tR\bchecksum\x12\x1a\n" +
-	"\brestarts\x18\a \x01(\rR\brestarts\"{\n" +
+	"\brestarts\x18\a \x01(\rR\brestarts\x12)\n" +
+	"\x10protocol_version\x18\b \x01(\rR\x0fprotocolVersion\x12!\n" +
+	"\fmemory_bytes\x18\t \x01(\x04R\vmemoryBytes\x12(\n" +
+	"\x10memory_max_bytes\x18\n" +
+	" \x01(\x04R\x0ememoryMaxBytes\x12/\n" +
+	"\x13protections_missing\x18\v \x03(\tR\x12protectionsMissing\"{\n" +
 	"\x11InstanceResources\x123\n" +
 	"\n" +
 	"registered\x18\x01 \x01(\v2\x13.belay.v1.ResourcesR\n" +

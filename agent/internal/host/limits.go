@@ -1,0 +1,266 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// What a plugin may use when its configuration does not say.
+const (
+	runtimeMemory = 256 << 20
+	deviceMemory  = 64 << 20
+	anyCPU        = 100 // percent of one CPU
+)
+
+// cpuPeriod is the wall time, in microseconds, a CPU quota is given for.
+const cpuPeriod = 100_000
+
+// limitsFor a plugin of these kinds; nil kinds are not known yet. 0 is none.
+func limitsFor(s Settings, kinds []sdk.Kind) (memory uint64, cpu int) {
+	memory, cpu = runtimeMemory, anyCPU
+	if len(kinds) > 0 && !slices.Contains(kinds, sdk.KindRuntime) {
+		memory = deviceMemory
+	}
+	if s.MemoryMax != nil {
+		memory = *s.MemoryMax
+	}
+	if s.CPUMax != nil {
+		cpu = *s.CPUMax
+	}
+	return memory, cpu
+}
+
+// controller is where one resource of one plugin is limited; the zero value is
+// nowhere.
+type controller struct {
+	dir string
+	v2  bool
+}
+
+// group limits the processes of one plugin. What a runtime plugin starts for a
+// task moves into groups of its own and is not counted here.
+type group struct {
+	memory, cpu controller
+	lacks       []string // what cannot be limited, and why
+}
+
+// openGroup makes the cgroup of a plugin, version 1 or 2, below parent.
+func openGroup(parent, name string) *group {
+	g := &group{}
+	lack := func(why string) *group {
+		g.lacks = []string{"memory and cpu limits: " + why}
+		return g
+	}
+	if os.Geteuid() != 0 {
+		return lack("they take root")
+	}
+	if _, err := os.Stat("/run/systemd/system"); err == nil {
+		return lack("cgroups belong to systemd on this device, and the agent makes none beside it")
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return lack(err.Error())
+	}
+	for _, c := range []struct {
+		name string
+		into *controller
+	}{{"memory", &g.memory}, {"cpu", &g.cpu}} {
+		at, ok := findController(string(mounts), c.name)
+		if !ok {
+			g.lacks = append(g.lacks, c.name+" limit: this kernel has no usable "+c.name+" controller")
+			continue
+		}
+		if err := at.descend(filepath.Join(parent, name), c.name); err != nil {
+			g.lacks = append(g.lacks, c.name+" limit: "+err.Error())
+			continue
+		}
+		*c.into = at
+	}
+	return g
+}
+
+// findController finds the mount of a cgroup controller in a mountinfo file.
+func findController(mountinfo, name string) (controller, bool) {
+	for line := range strings.Lines(mountinfo) {
+		before, after, ok := strings.Cut(line, " - ")
+		f, g := strings.Fields(before), strings.Fields(after)
+		if !ok || len(f) < 5 || len(g) < 3 {
+			continue
+		}
+		mount := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`).Replace(f[4])
+		switch g[0] {
+		case "cgroup2":
+			b, _ := os.ReadFile(filepath.Join(mount, "cgroup.controllers"))
+			if slices.Contains(strings.Fields(string(b)), name) {
+				return controller{mount, true}, true
+			}
+		case "cgroup":
+			if slices.Contains(strings.Split(g[2], ","), name) {
+				return controller{mount, false}, true
+			}
+		}
+	}
+	return controller{}, false
+}
+
+// descend makes the directories of path and goes there.
+func (c *controller) descend(path, name string) error {
+	for part := range strings.SplitSeq(path, "/") {
+		if c.v2 {
+			if err := os.WriteFile(filepath.Join(c.dir, "cgroup.subtree_control"), []byte("+"+name), 0); err != nil {
+				return fmt.Errorf("hand the controller down: %w", err)
+			}
+		}
+		c.dir = filepath.Join(c.dir, part)
+		if err := os.Mkdir(c.dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c controller) write(file, value string) error {
+	return os.WriteFile(filepath.Join(c.dir, file), []byte(value), 0)
+}
+
+// limit sets the limits, of running processes too.
+func (g *group) limit(memory uint64, cpu int) error {
+	var all []error
+	if c := g.memory; c.dir != "" && c.v2 {
+		value := "max"
+		if memory > 0 {
+			value = strconv.FormatUint(memory, 10)
+		}
+		all = append(all, c.write("memory.max", value))
+		_ = c.write("memory.swap.max", map[bool]string{true: "0", false: "max"}[memory > 0]) // without swap there is no such file
+	} else if c.dir != "" {
+		value := "-1"
+		if memory > 0 {
+			value = strconv.FormatUint(memory, 10)
+		}
+		_ = c.write("memory.memsw.limit_in_bytes", "-1") // with swap accounting it may not be the lower of the two
+		all = append(all, c.write("memory.limit_in_bytes", value))
+		_ = c.write("memory.memsw.limit_in_bytes", value)
+	}
+	if c := g.cpu; c.dir != "" && c.v2 {
+		value := "max"
+		if cpu > 0 {
+			value = strconv.Itoa(cpu * cpuPeriod / 100)
+		}
+		all = append(all, c.write("cpu.max", fmt.Sprint(value, " ", cpuPeriod)))
+	} else if c.dir != "" {
+		value := "-1"
+		if cpu > 0 {
+			value = strconv.Itoa(cpu * cpuPeriod / 100)
+		}
+		all = append(all, c.write("cpu.cfs_period_us", strconv.Itoa(cpuPeriod)), c.write("cpu.cfs_quota_us", value))
+	}
+	return errors.Join(all...)
+}
+
+// join puts a process into the group.
+func (g *group) join(pid int) error {
+	var all []error
+	for _, c := range []controller{g.memory, g.cpu} {
+		if c.dir != "" {
+			all = append(all, c.write("cgroup.procs", strconv.Itoa(pid)))
+		}
+	}
+	return errors.Join(all...)
+}
+
+// kills counts the processes that the kernel killed for the memory limit.
+func (g *group) kills() uint64 {
+	if g.memory.dir == "" {
+		return 0
+	}
+	file := "memory.oom_control"
+	if g.memory.v2 {
+		file = "memory.events"
+	}
+	b, _ := os.ReadFile(filepath.Join(g.memory.dir, file))
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 2 && f[0] == "oom_kill" {
+			n, _ := strconv.ParseUint(f[1], 10, 64)
+			return n
+		}
+	}
+	return 0
+}
+
+// remove deletes the group unless something is left in it, and then the one
+// it is in unless other plugins are.
+func (g *group) remove() {
+	for _, c := range []controller{g.memory, g.cpu} {
+		if c.dir == "" {
+			continue
+		}
+		// A process that has just been reaped may keep it busy for a moment.
+		for try := 0; syscall.Rmdir(c.dir) == syscall.EBUSY && try < 20; try++ {
+			time.Sleep(5 * time.Millisecond)
+		}
+		_ = syscall.Rmdir(filepath.Dir(c.dir))
+	}
+}
+
+// fence makes the plugin's group with the limits of these settings; nil
+// without limits.
+func (p *plugin) fence(s Settings) *group {
+	if p.host.config.LimitGroup == "" {
+		return nil
+	}
+	if p.group == nil || p.group.memory.dir == "" || p.group.cpu.dir == "" {
+		p.group = openGroup(p.host.config.LimitGroup, p.name)
+	}
+	p.relimit(s, p.status().Kinds)
+	p.killed = p.group.kills()
+	return p.group
+}
+
+// relimit sets the limits for what the plugin has turned out to be.
+func (p *plugin) relimit(s Settings, kinds []sdk.Kind) {
+	if p.group == nil {
+		return
+	}
+	memory, cpu := limitsFor(s, kinds)
+	lacks := p.group.lacks
+	if err := p.group.limit(memory, cpu); err != nil {
+		lacks = append(slices.Clone(lacks), "limits: "+err.Error())
+	}
+	p.update(func(st *Status) { st.MemoryMax, st.CPUMax, st.Missing = memory, cpu, lacks })
+}
+
+// explainKill tells a process that the kernel killed for its memory limit from
+// others that ended.
+func (p *plugin) explainKill(err error) error {
+	if err == nil || p.group == nil || p.group.kills() == p.killed {
+		return err
+	}
+	return sdk.Errorf(sdk.Unavailable, "run plugin "+p.name, "killed: out of memory (limit %d MiB): %v", p.status().MemoryMax>>20, err).
+		WithHint("raise memory_max in the table [belay] of its configuration if it needs more")
+}
+
+// memoryOf is what a process takes of the device's memory, its share of what
+// it has in common with others; 0: not known.
+func memoryOf(pid int) uint64 {
+	if pid == 0 {
+		return 0
+	}
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "Pss:" {
+			n, _ := strconv.ParseUint(f[1], 10, 64)
+			return n << 10
+		}
+	}
+	return 0
+}
