@@ -25,6 +25,34 @@ type Runtimes interface {
 	Changes() <-chan string
 }
 
+// Devices tells what the device plugins found. It outlives any one plugin
+// process.
+type Devices interface {
+	// Inventory is the latest of every device plugin, by the plugin's name. A
+	// plugin that is down or being relaunched keeps what it last told, so that
+	// a relaunch does not look like unplugged hardware; one whose executable
+	// is gone is left out. The devices are shared: do not change them.
+	Inventory() []PluginDevices
+	// Device returns the devices of the plugin of that name; the answer stays
+	// good when the process is replaced. Errors: sdk.NotFound when there is no
+	// such device plugin, sdk.Unavailable while it is down.
+	Device(plugin string) (sdk.Devices, error)
+	// DeviceChanges receives when Inventory answers otherwise than before; a
+	// full channel drops, so it is a hint to look again. A plugin causes at
+	// most about one a second, however often its inventory changes.
+	DeviceChanges() <-chan struct{}
+}
+
+// PluginDevices is what one device plugin told.
+type PluginDevices struct {
+	Plugin string
+	// Ready: the plugin is up and these are its devices now. Otherwise they
+	// are the last known, perhaps none, and Error says why.
+	Ready   bool
+	Error   string
+	Devices []sdk.Device // by id
+}
+
 // Journal persists what the agent must not forget. Everything saved is on
 // stable storage when the call returns. Calls come from one goroutine.
 type Journal interface {

@@ -54,6 +54,8 @@ type Timing struct {
 	Crashes    int           // 5: so many in a window quarantine a plugin
 	Quarantine time.Duration // 5 min: between attempts from then on
 	Scan       time.Duration // 10 s: between looks at the directory
+	Inventory  time.Duration // 1 s: at least, between two changes of a plugin's devices
+	WatchRetry time.Duration // 1 s: before devices are watched again; doubles to MaxBackoff
 }
 
 func (t *Timing) fill() {
@@ -65,6 +67,7 @@ func (t *Timing) fill() {
 		{&t.Ping, 10 * time.Second}, {&t.PingAnswer, 10 * time.Second},
 		{&t.MinBackoff, 100 * time.Millisecond}, {&t.MaxBackoff, 30 * time.Second},
 		{&t.Window, 10 * time.Minute}, {&t.Quarantine, 5 * time.Minute}, {&t.Scan, 10 * time.Second},
+		{&t.Inventory, time.Second}, {&t.WatchRetry, time.Second},
 	} {
 		if *f.field == 0 {
 			*f.field = f.value
@@ -110,6 +113,7 @@ type Host struct {
 	config  Config
 	log     *slog.Logger
 	changes chan string
+	devices chan struct{} // some inventory changed
 
 	mu      sync.Mutex
 	plugins map[string]*plugin
@@ -125,7 +129,7 @@ func New(c Config) (*Host, error) {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	h := &Host{config: c, log: c.Logger, changes: make(chan string, 64), plugins: map[string]*plugin{}, settled: make(chan struct{})}
+	h := &Host{config: c, log: c.Logger, changes: make(chan string, 64), devices: make(chan struct{}, 1), plugins: map[string]*plugin{}, settled: make(chan struct{})}
 	for _, d := range []string{c.StateDir, c.RunDir} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("make plugin directory: %w", err)
@@ -231,10 +235,12 @@ func (h *Host) scan() ([]*plugin, error) {
 
 func (h *Host) forget(p *plugin) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	if h.plugins[p.name] == p {
 		delete(h.plugins, p.name)
 	}
+	h.mu.Unlock()
+	h.changed(p.name)
+	h.devicesChanged()
 }
 
 func (h *Host) changed(name string) {

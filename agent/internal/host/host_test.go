@@ -33,6 +33,9 @@ func TestMain(m *testing.M) {
 }
 
 func pretend(name string) {
+	if strings.HasPrefix(name, "dev") {
+		serve.Main(&detector{name: name})
+	}
 	p := &sdktest.MemoryPlugin{Name: name, Memory: sdktest.NewMemory()}
 	switch {
 	case strings.HasPrefix(name, "good"):

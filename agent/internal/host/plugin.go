@@ -29,6 +29,8 @@ type plugin struct {
 	mu      sync.Mutex
 	st      Status
 	runtime sdk.Runtime // of the running process; nil otherwise
+	device  sdk.Devices // of the running process; nil otherwise
+	found   found       // what it last told
 	file    identity    // of the last launch
 	invalid bool        // the last launch failed for good
 	gone    bool        // no longer in the directory
@@ -132,6 +134,7 @@ func (p *plugin) live(ctx context.Context) error {
 	defer process.Close(context.Background()) // bounded by Timing.Close
 	defer p.down()
 	p.up(ctx, process)
+	defer p.followDevices(ctx)()
 	return p.watch(ctx, process)
 }
 
@@ -187,8 +190,13 @@ func (p *plugin) launch(ctx context.Context) (*sdkhost.Plugin, error) {
 func (p *plugin) up(ctx context.Context, process *sdkhost.Plugin) {
 	info := process.Info()
 	runtime, _ := process.Runtime()
+	device, _ := process.Devices()
 	p.mu.Lock()
-	p.runtime = runtime
+	p.runtime, p.device = runtime, device
+	if device == nil {
+		p.found = found{}
+	}
+	p.found.heard, p.found.err = false, ""
 	p.mu.Unlock()
 	// Not for long: a runtime whose daemon hangs is up all the same.
 	p.askRuntime(ctx, runtime, min(2*time.Second, p.host.config.Timing.PingAnswer))
@@ -202,9 +210,10 @@ func (p *plugin) up(ctx context.Context, process *sdkhost.Plugin) {
 
 func (p *plugin) down() {
 	p.mu.Lock()
-	p.runtime = nil
+	p.runtime, p.device = nil, nil
 	p.mu.Unlock()
 	p.update(func(s *Status) { s.State, s.PID = Failed, 0 })
+	p.host.devicesChanged()
 }
 
 // askRuntime learns what a runtime can do; false when it did not say.
@@ -288,7 +297,11 @@ func (p *plugin) update(f func(*Status)) {
 func (p *plugin) status() Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.st
+	s := p.st
+	if s.State == Ready && s.Error == "" {
+		s.Error = p.found.err
+	}
+	return s
 }
 
 func (p *plugin) mayBeRuntime() bool {

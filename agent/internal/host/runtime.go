@@ -16,16 +16,22 @@ var _ sdk.Runtime = runtime{}
 func (r runtime) now() (sdk.Runtime, error) {
 	r.p.mu.Lock()
 	defer r.p.mu.Unlock()
-	s := r.p.st
-	switch {
-	case r.p.runtime != nil:
+	if r.p.runtime != nil {
 		return r.p.runtime, nil
-	case s.Kinds != nil && !slices.Contains(s.Kinds, sdk.KindRuntime):
-		return nil, sdk.Errorf(sdk.NotFound, "find runtime "+r.p.name, "plugin %s is not a runtime", r.p.name)
-	case s.Error != "":
-		return nil, sdk.Errorf(sdk.Unavailable, "reach runtime "+r.p.name, "plugin %s is %s: %s", r.p.name, s.State, s.Error)
 	}
-	return nil, sdk.Errorf(sdk.Unavailable, "reach runtime "+r.p.name, "plugin %s is %s", r.p.name, s.State)
+	return nil, r.p.away("runtime", sdk.KindRuntime)
+}
+
+// away says why nothing can be asked of a plugin; p.mu is held.
+func (p *plugin) away(what string, kind sdk.Kind) error {
+	s := p.st
+	switch {
+	case s.Kinds != nil && !slices.Contains(s.Kinds, kind):
+		return sdk.Errorf(sdk.NotFound, "find "+what+" "+p.name, "plugin %s is not a %s", p.name, what)
+	case s.Error != "":
+		return sdk.Errorf(sdk.Unavailable, "reach "+what+" "+p.name, "plugin %s is %s: %s", p.name, s.State, s.Error)
+	}
+	return sdk.Errorf(sdk.Unavailable, "reach "+what+" "+p.name, "plugin %s is %s", p.name, s.State)
 }
 
 // Info implements sdk.Runtime.
