@@ -199,6 +199,11 @@ func checkNames(s sdk.ContainerSpec) error {
 			return sdk.Errorf(sdk.NotFound, "", "device %s: %w", d.HostPath, err).WithHint("is it plugged in, and its driver loaded?")
 		}
 	}
+	for _, r := range s.DeviceRules {
+		if r.Type != "c" && r.Type != "b" || !perms.MatchString(r.Permissions) {
+			return sdk.Errorf(sdk.Invalid, "", "device rule %q %d %q: want type c or b and permissions of r, w and m", r.Type, r.Major, r.Permissions)
+		}
+	}
 	for k, v := range s.Labels {
 		if strings.HasPrefix(k, labelPrefix) {
 			return sdk.Errorf(sdk.Invalid, "", "label %q: names with %q are kept for the runtime", k, labelPrefix)

@@ -60,6 +60,7 @@ func (p *plan) specOpts() []oci.SpecOpts {
 		}
 		opts = append(opts, oci.WithDevices(d.HostPath, target, access))
 	}
+	opts = append(opts, edit(p.deviceRules))
 	if p.security.apparmor != "" {
 		opts = append(opts, oci.WithApparmorProfile(p.security.apparmor))
 	}
@@ -94,6 +95,20 @@ func (p *plan) process(s *oci.Spec) {
 	}
 	if len(p.q.Spec.Sysctls) > 0 {
 		s.Linux.Sysctl = p.q.Spec.Sysctls
+	}
+}
+
+// deviceRules come after the nodes: they allow more, and take nothing back.
+func (p *plan) deviceRules(s *oci.Spec) {
+	for _, r := range p.q.Spec.DeviceRules {
+		major, access := int64(r.Major), r.Permissions
+		if access == "" {
+			access = "rwm"
+		}
+		if s.Linux.Resources == nil {
+			s.Linux.Resources = &specs.LinuxResources{}
+		}
+		s.Linux.Resources.Devices = append(s.Linux.Resources.Devices, specs.LinuxDeviceCgroup{Allow: true, Type: r.Type, Major: &major, Access: access})
 	}
 }
 

@@ -99,6 +99,18 @@ type Edits struct {
 	CDIDevices     []string // fully qualified: "nvidia.com/gpu=0"
 	Hooks          []Hook
 	AdditionalGIDs []uint32 // groups that may open the nodes
+	// DeviceRules are for nodes that only come while the container runs, in a
+	// directory that is mounted. They give more than the device asked for:
+	// for hardware that leaves no choice.
+	DeviceRules []DeviceRule
+}
+
+// DeviceRule lets a container use every node of one major number that it can
+// see, those that are not there yet too.
+type DeviceRule struct {
+	Type        string // "c" or "b"
+	Major       uint32
+	Permissions string // subset of "rwm"; "": all
 }
 
 // Hook is a program run at a point of a container's life, in the words of the

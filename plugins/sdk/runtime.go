@@ -194,6 +194,7 @@ type ContainerSpec struct {
 	CDIDevices       []string // injected after everything else; fully qualified names
 	Hooks            []Hook
 	AdditionalGIDs   []uint32 // groups of the first process, beside the image's
+	DeviceRules      []DeviceRule
 	CapabilitiesAdd  []string // "NET_ADMIN" or "ALL", without CAP_
 	CapabilitiesDrop []string
 	Privileged       bool

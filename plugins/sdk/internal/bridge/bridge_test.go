@@ -95,11 +95,11 @@ func TestVersion1RoundTrips(t *testing.T) {
 			v.Spec.ExtraHosts[i].Address = strings.ReplaceAll(v.Spec.ExtraHosts[i].Address, " ", "")
 		}
 		p, err := ToStartV1(v)
-		if len(v.Spec.CDIDevices)+len(v.Spec.Hooks)+len(v.Spec.AdditionalGIDs) > 0 {
+		if len(v.Spec.CDIDevices)+len(v.Spec.Hooks)+len(v.Spec.AdditionalGIDs)+len(v.Spec.DeviceRules) > 0 {
 			if !errors.Is(err, sdk.Unsupported) {
 				t.Fatalf("%+v: %v", v.Spec, err)
 			}
-			v.Spec.CDIDevices, v.Spec.Hooks, v.Spec.AdditionalGIDs = nil, nil, nil
+			v.Spec.CDIDevices, v.Spec.Hooks, v.Spec.AdditionalGIDs, v.Spec.DeviceRules = nil, nil, nil, nil
 			p, err = ToStartV1(v)
 		}
 		if err != nil {

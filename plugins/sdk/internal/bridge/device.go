@@ -33,6 +33,7 @@ func ToEdits(e sdk.Edits) *pluginv2.EditsResponse {
 	return &pluginv2.EditsResponse{
 		Devices: mapSlice(e.Devices, toDevice), Mounts: mapSlice(e.Mounts, toMount), Env: e.Env,
 		CdiDevices: e.CDIDevices, Hooks: mapSlice(e.Hooks, toHook), AdditionalGids: e.AdditionalGIDs,
+		DeviceRules: mapSlice(e.DeviceRules, toDeviceRule),
 	}
 }
 
@@ -41,6 +42,7 @@ func FromEdits(p *pluginv2.EditsResponse) sdk.Edits {
 	return sdk.Edits{
 		Devices: mapSlice(p.GetDevices(), fromDevice), Mounts: mapSlice(p.GetMounts(), fromMount), Env: p.GetEnv(),
 		CDIDevices: p.GetCdiDevices(), Hooks: mapSlice(p.GetHooks(), fromHook), AdditionalGIDs: p.GetAdditionalGids(),
+		DeviceRules: mapSlice(p.GetDeviceRules(), fromDeviceRule),
 	}
 }
 
@@ -67,6 +69,14 @@ func FromDeviceStats(p *pluginv2.DeviceStatsResponse) []sdk.DeviceStats {
 			TemperatureCelsius: clone(s.TemperatureCelsius), PowerWatts: clone(s.PowerWatts),
 		}
 	})
+}
+
+func toDeviceRule(r sdk.DeviceRule) *pluginv2.DeviceRule {
+	return &pluginv2.DeviceRule{Type: r.Type, Major: r.Major, Permissions: r.Permissions}
+}
+
+func fromDeviceRule(p *pluginv2.DeviceRule) sdk.DeviceRule {
+	return sdk.DeviceRule{Type: p.GetType(), Major: p.GetMajor(), Permissions: p.GetPermissions()}
 }
 
 func toHook(h sdk.Hook) *pluginv2.Hook {

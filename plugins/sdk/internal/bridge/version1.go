@@ -13,6 +13,7 @@ import (
 func ToStartV1(r sdk.StartRequest) (*pluginpb.StartRequest, error) {
 	for what, n := range map[string]int{
 		"CDI devices": len(r.Spec.CDIDevices), "hooks": len(r.Spec.Hooks), "additional groups": len(r.Spec.AdditionalGIDs),
+		"device rules": len(r.Spec.DeviceRules),
 	} {
 		if n > 0 {
 			return nil, sdk.Errorf(sdk.Unsupported, "start "+r.Attempt.String(), "the runtime's plugin speaks plugin protocol 1, which has no %s", what).

@@ -317,6 +317,7 @@ type ContainerSpec struct {
 	Sysctls          map[string]string       `protobuf:"bytes,28,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Labels           map[string]string       `protobuf:"bytes,29,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	SecurityOptions  []string                `protobuf:"bytes,30,rep,name=security_options,json=securityOptions,proto3" json:"security_options,omitempty"`
+	DeviceRules      []*DeviceRule           `protobuf:"bytes,31,rep,name=device_rules,json=deviceRules,proto3" json:"device_rules,omitempty"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -561,6 +562,74 @@ func (x *ContainerSpec) GetSecurityOptions() []string {
 	return nil
 }
 
+func (x *ContainerSpec) GetDeviceRules() []*DeviceRule {
+	if x != nil {
+		return x.DeviceRules
+	}
+	return nil
+}
+
+// DeviceRule allows every node of one major number.
+type DeviceRule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // "c" or "b"
+	Major         uint32                 `protobuf:"varint,2,opt,name=major,proto3" json:"major,omitempty"`
+	Permissions   string                 `protobuf:"bytes,3,opt,name=permissions,proto3" json:"permissions,omitempty"` // subset of "rwm"; empty: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceRule) Reset() {
+	*x = DeviceRule{}
+	mi := &file_v2_plugin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceRule) ProtoMessage() {}
+
+func (x *DeviceRule) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceRule.ProtoReflect.Descriptor instead.
+func (*DeviceRule) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *DeviceRule) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *DeviceRule) GetMajor() uint32 {
+	if x != nil {
+		return x.Major
+	}
+	return 0
+}
+
+func (x *DeviceRule) GetPermissions() string {
+	if x != nil {
+		return x.Permissions
+	}
+	return ""
+}
+
 type Words struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Words         []string               `protobuf:"bytes,1,rep,name=words,proto3" json:"words,omitempty"`
@@ -570,7 +639,7 @@ type Words struct {
 
 func (x *Words) Reset() {
 	*x = Words{}
-	mi := &file_v2_plugin_proto_msgTypes[4]
+	mi := &file_v2_plugin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +651,7 @@ func (x *Words) String() string {
 func (*Words) ProtoMessage() {}
 
 func (x *Words) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[4]
+	mi := &file_v2_plugin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,7 +664,7 @@ func (x *Words) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Words.ProtoReflect.Descriptor instead.
 func (*Words) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{4}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Words) GetWords() []string {
@@ -615,7 +684,7 @@ type HostEntry struct {
 
 func (x *HostEntry) Reset() {
 	*x = HostEntry{}
-	mi := &file_v2_plugin_proto_msgTypes[5]
+	mi := &file_v2_plugin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -627,7 +696,7 @@ func (x *HostEntry) String() string {
 func (*HostEntry) ProtoMessage() {}
 
 func (x *HostEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[5]
+	mi := &file_v2_plugin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -640,7 +709,7 @@ func (x *HostEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEntry.ProtoReflect.Descriptor instead.
 func (*HostEntry) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{5}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *HostEntry) GetName() string {
@@ -672,7 +741,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_v2_plugin_proto_msgTypes[6]
+	mi := &file_v2_plugin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -684,7 +753,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[6]
+	mi := &file_v2_plugin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -697,7 +766,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{6}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Hook) GetPoint() string {
@@ -743,7 +812,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[7]
+	mi := &file_v2_plugin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -755,7 +824,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[7]
+	mi := &file_v2_plugin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -768,7 +837,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{7}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{8}
 }
 
 type DeviceInventory struct {
@@ -780,7 +849,7 @@ type DeviceInventory struct {
 
 func (x *DeviceInventory) Reset() {
 	*x = DeviceInventory{}
-	mi := &file_v2_plugin_proto_msgTypes[8]
+	mi := &file_v2_plugin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +861,7 @@ func (x *DeviceInventory) String() string {
 func (*DeviceInventory) ProtoMessage() {}
 
 func (x *DeviceInventory) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[8]
+	mi := &file_v2_plugin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +874,7 @@ func (x *DeviceInventory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceInventory.ProtoReflect.Descriptor instead.
 func (*DeviceInventory) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{8}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DeviceInventory) GetDevices() []*DeviceInfo {
@@ -830,7 +899,7 @@ type DeviceInfo struct {
 
 func (x *DeviceInfo) Reset() {
 	*x = DeviceInfo{}
-	mi := &file_v2_plugin_proto_msgTypes[9]
+	mi := &file_v2_plugin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -842,7 +911,7 @@ func (x *DeviceInfo) String() string {
 func (*DeviceInfo) ProtoMessage() {}
 
 func (x *DeviceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[9]
+	mi := &file_v2_plugin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -855,7 +924,7 @@ func (x *DeviceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceInfo.ProtoReflect.Descriptor instead.
 func (*DeviceInfo) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{9}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DeviceInfo) GetId() string {
@@ -916,7 +985,7 @@ type EditsRequest struct {
 
 func (x *EditsRequest) Reset() {
 	*x = EditsRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[10]
+	mi := &file_v2_plugin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +997,7 @@ func (x *EditsRequest) String() string {
 func (*EditsRequest) ProtoMessage() {}
 
 func (x *EditsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[10]
+	mi := &file_v2_plugin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1010,7 @@ func (x *EditsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditsRequest.ProtoReflect.Descriptor instead.
 func (*EditsRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{10}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *EditsRequest) GetIds() []string {
@@ -959,13 +1028,14 @@ type EditsResponse struct {
 	CdiDevices     []string               `protobuf:"bytes,4,rep,name=cdi_devices,json=cdiDevices,proto3" json:"cdi_devices,omitempty"`
 	Hooks          []*Hook                `protobuf:"bytes,5,rep,name=hooks,proto3" json:"hooks,omitempty"`
 	AdditionalGids []uint32               `protobuf:"varint,6,rep,packed,name=additional_gids,json=additionalGids,proto3" json:"additional_gids,omitempty"`
+	DeviceRules    []*DeviceRule          `protobuf:"bytes,7,rep,name=device_rules,json=deviceRules,proto3" json:"device_rules,omitempty"` // for nodes that come while the container runs
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *EditsResponse) Reset() {
 	*x = EditsResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[11]
+	mi := &file_v2_plugin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -977,7 +1047,7 @@ func (x *EditsResponse) String() string {
 func (*EditsResponse) ProtoMessage() {}
 
 func (x *EditsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[11]
+	mi := &file_v2_plugin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -990,7 +1060,7 @@ func (x *EditsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditsResponse.ProtoReflect.Descriptor instead.
 func (*EditsResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{11}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *EditsResponse) GetDevices() []*pluginpb.HostDevice {
@@ -1035,6 +1105,13 @@ func (x *EditsResponse) GetAdditionalGids() []uint32 {
 	return nil
 }
 
+func (x *EditsResponse) GetDeviceRules() []*DeviceRule {
+	if x != nil {
+		return x.DeviceRules
+	}
+	return nil
+}
+
 type DeviceStatsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ids           []string               `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`
@@ -1044,7 +1121,7 @@ type DeviceStatsRequest struct {
 
 func (x *DeviceStatsRequest) Reset() {
 	*x = DeviceStatsRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[12]
+	mi := &file_v2_plugin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1133,7 @@ func (x *DeviceStatsRequest) String() string {
 func (*DeviceStatsRequest) ProtoMessage() {}
 
 func (x *DeviceStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[12]
+	mi := &file_v2_plugin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,7 +1146,7 @@ func (x *DeviceStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStatsRequest.ProtoReflect.Descriptor instead.
 func (*DeviceStatsRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{12}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeviceStatsRequest) GetIds() []string {
@@ -1088,7 +1165,7 @@ type DeviceStatsResponse struct {
 
 func (x *DeviceStatsResponse) Reset() {
 	*x = DeviceStatsResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[13]
+	mi := &file_v2_plugin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1100,7 +1177,7 @@ func (x *DeviceStatsResponse) String() string {
 func (*DeviceStatsResponse) ProtoMessage() {}
 
 func (x *DeviceStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[13]
+	mi := &file_v2_plugin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1113,7 +1190,7 @@ func (x *DeviceStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStatsResponse.ProtoReflect.Descriptor instead.
 func (*DeviceStatsResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{13}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeviceStatsResponse) GetStats() []*DeviceStats {
@@ -1138,7 +1215,7 @@ type DeviceStats struct {
 
 func (x *DeviceStats) Reset() {
 	*x = DeviceStats{}
-	mi := &file_v2_plugin_proto_msgTypes[14]
+	mi := &file_v2_plugin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1227,7 @@ func (x *DeviceStats) String() string {
 func (*DeviceStats) ProtoMessage() {}
 
 func (x *DeviceStats) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[14]
+	mi := &file_v2_plugin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1240,7 @@ func (x *DeviceStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStats.ProtoReflect.Descriptor instead.
 func (*DeviceStats) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{14}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeviceStats) GetId() string {
@@ -1235,7 +1312,7 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x16\n" +
 	"\x06stdout\x18\x03 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x04 \x01(\tR\x06stderr\x122\n" +
-	"\x04spec\x18\x05 \x01(\v2\x1e.belay.plugin.v2.ContainerSpecR\x04spec\"\x9d\n" +
+	"\x04spec\x18\x05 \x01(\v2\x1e.belay.plugin.v2.ContainerSpecR\x04spec\"\xdd\n" +
 	"\n" +
 	"\rContainerSpec\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x16\n" +
@@ -1277,13 +1354,19 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\tshm_bytes\x18\x1b \x01(\x04R\bshmBytes\x12E\n" +
 	"\asysctls\x18\x1c \x03(\v2+.belay.plugin.v2.ContainerSpec.SysctlsEntryR\asysctls\x12B\n" +
 	"\x06labels\x18\x1d \x03(\v2*.belay.plugin.v2.ContainerSpec.LabelsEntryR\x06labels\x12)\n" +
-	"\x10security_options\x18\x1e \x03(\tR\x0fsecurityOptions\x1a:\n" +
+	"\x10security_options\x18\x1e \x03(\tR\x0fsecurityOptions\x12>\n" +
+	"\fdevice_rules\x18\x1f \x03(\v2\x1b.belay.plugin.v2.DeviceRuleR\vdeviceRules\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x1d\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"X\n" +
+	"\n" +
+	"DeviceRule\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
+	"\x05major\x18\x02 \x01(\rR\x05major\x12 \n" +
+	"\vpermissions\x18\x03 \x01(\tR\vpermissions\"\x1d\n" +
 	"\x05Words\x12\x14\n" +
 	"\x05words\x18\x01 \x03(\tR\x05words\"9\n" +
 	"\tHostEntry\x12\x12\n" +
@@ -1313,7 +1396,7 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\" \n" +
 	"\fEditsRequest\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\tR\x03ids\"\xff\x01\n" +
+	"\x03ids\x18\x01 \x03(\tR\x03ids\"\xbf\x02\n" +
 	"\rEditsResponse\x125\n" +
 	"\adevices\x18\x01 \x03(\v2\x1b.belay.plugin.v1.HostDeviceR\adevices\x12.\n" +
 	"\x06mounts\x18\x02 \x03(\v2\x16.belay.plugin.v1.MountR\x06mounts\x12\x10\n" +
@@ -1321,7 +1404,8 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\vcdi_devices\x18\x04 \x03(\tR\n" +
 	"cdiDevices\x12+\n" +
 	"\x05hooks\x18\x05 \x03(\v2\x15.belay.plugin.v2.HookR\x05hooks\x12'\n" +
-	"\x0fadditional_gids\x18\x06 \x03(\rR\x0eadditionalGids\"&\n" +
+	"\x0fadditional_gids\x18\x06 \x03(\rR\x0eadditionalGids\x12>\n" +
+	"\fdevice_rules\x18\a \x03(\v2\x1b.belay.plugin.v2.DeviceRuleR\vdeviceRules\"&\n" +
 	"\x12DeviceStatsRequest\x12\x10\n" +
 	"\x03ids\x18\x01 \x03(\tR\x03ids\"I\n" +
 	"\x13DeviceStatsResponse\x122\n" +
@@ -1372,114 +1456,117 @@ func file_v2_plugin_proto_rawDescGZIP() []byte {
 	return file_v2_plugin_proto_rawDescData
 }
 
-var file_v2_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_v2_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_v2_plugin_proto_goTypes = []any{
 	(*DescribeResponse)(nil),             // 0: belay.plugin.v2.DescribeResponse
 	(*Option)(nil),                       // 1: belay.plugin.v2.Option
 	(*StartRequest)(nil),                 // 2: belay.plugin.v2.StartRequest
 	(*ContainerSpec)(nil),                // 3: belay.plugin.v2.ContainerSpec
-	(*Words)(nil),                        // 4: belay.plugin.v2.Words
-	(*HostEntry)(nil),                    // 5: belay.plugin.v2.HostEntry
-	(*Hook)(nil),                         // 6: belay.plugin.v2.Hook
-	(*WatchRequest)(nil),                 // 7: belay.plugin.v2.WatchRequest
-	(*DeviceInventory)(nil),              // 8: belay.plugin.v2.DeviceInventory
-	(*DeviceInfo)(nil),                   // 9: belay.plugin.v2.DeviceInfo
-	(*EditsRequest)(nil),                 // 10: belay.plugin.v2.EditsRequest
-	(*EditsResponse)(nil),                // 11: belay.plugin.v2.EditsResponse
-	(*DeviceStatsRequest)(nil),           // 12: belay.plugin.v2.DeviceStatsRequest
-	(*DeviceStatsResponse)(nil),          // 13: belay.plugin.v2.DeviceStatsResponse
-	(*DeviceStats)(nil),                  // 14: belay.plugin.v2.DeviceStats
-	nil,                                  // 15: belay.plugin.v2.ContainerSpec.SysctlsEntry
-	nil,                                  // 16: belay.plugin.v2.ContainerSpec.LabelsEntry
-	nil,                                  // 17: belay.plugin.v2.DeviceInfo.AttributesEntry
-	(*pluginpb.Attempt)(nil),             // 18: belay.plugin.v1.Attempt
-	(*pluginpb.Limits)(nil),              // 19: belay.plugin.v1.Limits
-	(*pluginpb.Mount)(nil),               // 20: belay.plugin.v1.Mount
-	(*pluginpb.PortMapping)(nil),         // 21: belay.plugin.v1.PortMapping
-	(*pluginpb.Ulimit)(nil),              // 22: belay.plugin.v1.Ulimit
-	(*pluginpb.HostDevice)(nil),          // 23: belay.plugin.v1.HostDevice
-	(*pluginpb.DescribeRequest)(nil),     // 24: belay.plugin.v1.DescribeRequest
-	(*pluginpb.ConfigureRequest)(nil),    // 25: belay.plugin.v1.ConfigureRequest
-	(*pluginpb.InfoRequest)(nil),         // 26: belay.plugin.v1.InfoRequest
-	(*pluginpb.PrepareTaskRequest)(nil),  // 27: belay.plugin.v1.PrepareTaskRequest
-	(*pluginpb.RemoveTaskRequest)(nil),   // 28: belay.plugin.v1.RemoveTaskRequest
-	(*pluginpb.PullRequest)(nil),         // 29: belay.plugin.v1.PullRequest
-	(*pluginpb.StopRequest)(nil),         // 30: belay.plugin.v1.StopRequest
-	(*pluginpb.RemoveRequest)(nil),       // 31: belay.plugin.v1.RemoveRequest
-	(*pluginpb.ListRequest)(nil),         // 32: belay.plugin.v1.ListRequest
-	(*pluginpb.EventsRequest)(nil),       // 33: belay.plugin.v1.EventsRequest
-	(*pluginpb.StatsRequest)(nil),        // 34: belay.plugin.v1.StatsRequest
-	(*pluginpb.ExecRequest)(nil),         // 35: belay.plugin.v1.ExecRequest
-	(*pluginpb.ConfigureResponse)(nil),   // 36: belay.plugin.v1.ConfigureResponse
-	(*pluginpb.InfoResponse)(nil),        // 37: belay.plugin.v1.InfoResponse
-	(*pluginpb.PrepareTaskResponse)(nil), // 38: belay.plugin.v1.PrepareTaskResponse
-	(*pluginpb.RemoveTaskResponse)(nil),  // 39: belay.plugin.v1.RemoveTaskResponse
-	(*pluginpb.PullUpdate)(nil),          // 40: belay.plugin.v1.PullUpdate
-	(*pluginpb.StartResponse)(nil),       // 41: belay.plugin.v1.StartResponse
-	(*pluginpb.StopResponse)(nil),        // 42: belay.plugin.v1.StopResponse
-	(*pluginpb.RemoveResponse)(nil),      // 43: belay.plugin.v1.RemoveResponse
-	(*pluginpb.ListResponse)(nil),        // 44: belay.plugin.v1.ListResponse
-	(*pluginpb.Event)(nil),               // 45: belay.plugin.v1.Event
-	(*pluginpb.StatsResponse)(nil),       // 46: belay.plugin.v1.StatsResponse
-	(*pluginpb.ExecResponse)(nil),        // 47: belay.plugin.v1.ExecResponse
+	(*DeviceRule)(nil),                   // 4: belay.plugin.v2.DeviceRule
+	(*Words)(nil),                        // 5: belay.plugin.v2.Words
+	(*HostEntry)(nil),                    // 6: belay.plugin.v2.HostEntry
+	(*Hook)(nil),                         // 7: belay.plugin.v2.Hook
+	(*WatchRequest)(nil),                 // 8: belay.plugin.v2.WatchRequest
+	(*DeviceInventory)(nil),              // 9: belay.plugin.v2.DeviceInventory
+	(*DeviceInfo)(nil),                   // 10: belay.plugin.v2.DeviceInfo
+	(*EditsRequest)(nil),                 // 11: belay.plugin.v2.EditsRequest
+	(*EditsResponse)(nil),                // 12: belay.plugin.v2.EditsResponse
+	(*DeviceStatsRequest)(nil),           // 13: belay.plugin.v2.DeviceStatsRequest
+	(*DeviceStatsResponse)(nil),          // 14: belay.plugin.v2.DeviceStatsResponse
+	(*DeviceStats)(nil),                  // 15: belay.plugin.v2.DeviceStats
+	nil,                                  // 16: belay.plugin.v2.ContainerSpec.SysctlsEntry
+	nil,                                  // 17: belay.plugin.v2.ContainerSpec.LabelsEntry
+	nil,                                  // 18: belay.plugin.v2.DeviceInfo.AttributesEntry
+	(*pluginpb.Attempt)(nil),             // 19: belay.plugin.v1.Attempt
+	(*pluginpb.Limits)(nil),              // 20: belay.plugin.v1.Limits
+	(*pluginpb.Mount)(nil),               // 21: belay.plugin.v1.Mount
+	(*pluginpb.PortMapping)(nil),         // 22: belay.plugin.v1.PortMapping
+	(*pluginpb.Ulimit)(nil),              // 23: belay.plugin.v1.Ulimit
+	(*pluginpb.HostDevice)(nil),          // 24: belay.plugin.v1.HostDevice
+	(*pluginpb.DescribeRequest)(nil),     // 25: belay.plugin.v1.DescribeRequest
+	(*pluginpb.ConfigureRequest)(nil),    // 26: belay.plugin.v1.ConfigureRequest
+	(*pluginpb.InfoRequest)(nil),         // 27: belay.plugin.v1.InfoRequest
+	(*pluginpb.PrepareTaskRequest)(nil),  // 28: belay.plugin.v1.PrepareTaskRequest
+	(*pluginpb.RemoveTaskRequest)(nil),   // 29: belay.plugin.v1.RemoveTaskRequest
+	(*pluginpb.PullRequest)(nil),         // 30: belay.plugin.v1.PullRequest
+	(*pluginpb.StopRequest)(nil),         // 31: belay.plugin.v1.StopRequest
+	(*pluginpb.RemoveRequest)(nil),       // 32: belay.plugin.v1.RemoveRequest
+	(*pluginpb.ListRequest)(nil),         // 33: belay.plugin.v1.ListRequest
+	(*pluginpb.EventsRequest)(nil),       // 34: belay.plugin.v1.EventsRequest
+	(*pluginpb.StatsRequest)(nil),        // 35: belay.plugin.v1.StatsRequest
+	(*pluginpb.ExecRequest)(nil),         // 36: belay.plugin.v1.ExecRequest
+	(*pluginpb.ConfigureResponse)(nil),   // 37: belay.plugin.v1.ConfigureResponse
+	(*pluginpb.InfoResponse)(nil),        // 38: belay.plugin.v1.InfoResponse
+	(*pluginpb.PrepareTaskResponse)(nil), // 39: belay.plugin.v1.PrepareTaskResponse
+	(*pluginpb.RemoveTaskResponse)(nil),  // 40: belay.plugin.v1.RemoveTaskResponse
+	(*pluginpb.PullUpdate)(nil),          // 41: belay.plugin.v1.PullUpdate
+	(*pluginpb.StartResponse)(nil),       // 42: belay.plugin.v1.StartResponse
+	(*pluginpb.StopResponse)(nil),        // 43: belay.plugin.v1.StopResponse
+	(*pluginpb.RemoveResponse)(nil),      // 44: belay.plugin.v1.RemoveResponse
+	(*pluginpb.ListResponse)(nil),        // 45: belay.plugin.v1.ListResponse
+	(*pluginpb.Event)(nil),               // 46: belay.plugin.v1.Event
+	(*pluginpb.StatsResponse)(nil),       // 47: belay.plugin.v1.StatsResponse
+	(*pluginpb.ExecResponse)(nil),        // 48: belay.plugin.v1.ExecResponse
 }
 var file_v2_plugin_proto_depIdxs = []int32{
 	1,  // 0: belay.plugin.v2.DescribeResponse.options:type_name -> belay.plugin.v2.Option
-	18, // 1: belay.plugin.v2.StartRequest.attempt:type_name -> belay.plugin.v1.Attempt
+	19, // 1: belay.plugin.v2.StartRequest.attempt:type_name -> belay.plugin.v1.Attempt
 	3,  // 2: belay.plugin.v2.StartRequest.spec:type_name -> belay.plugin.v2.ContainerSpec
-	4,  // 3: belay.plugin.v2.ContainerSpec.entry_point:type_name -> belay.plugin.v2.Words
-	19, // 4: belay.plugin.v2.ContainerSpec.limits:type_name -> belay.plugin.v1.Limits
-	20, // 5: belay.plugin.v2.ContainerSpec.mounts:type_name -> belay.plugin.v1.Mount
-	21, // 6: belay.plugin.v2.ContainerSpec.ports:type_name -> belay.plugin.v1.PortMapping
-	22, // 7: belay.plugin.v2.ContainerSpec.ulimits:type_name -> belay.plugin.v1.Ulimit
-	23, // 8: belay.plugin.v2.ContainerSpec.devices:type_name -> belay.plugin.v1.HostDevice
-	6,  // 9: belay.plugin.v2.ContainerSpec.hooks:type_name -> belay.plugin.v2.Hook
-	5,  // 10: belay.plugin.v2.ContainerSpec.extra_hosts:type_name -> belay.plugin.v2.HostEntry
-	15, // 11: belay.plugin.v2.ContainerSpec.sysctls:type_name -> belay.plugin.v2.ContainerSpec.SysctlsEntry
-	16, // 12: belay.plugin.v2.ContainerSpec.labels:type_name -> belay.plugin.v2.ContainerSpec.LabelsEntry
-	9,  // 13: belay.plugin.v2.DeviceInventory.devices:type_name -> belay.plugin.v2.DeviceInfo
-	17, // 14: belay.plugin.v2.DeviceInfo.attributes:type_name -> belay.plugin.v2.DeviceInfo.AttributesEntry
-	23, // 15: belay.plugin.v2.EditsResponse.devices:type_name -> belay.plugin.v1.HostDevice
-	20, // 16: belay.plugin.v2.EditsResponse.mounts:type_name -> belay.plugin.v1.Mount
-	6,  // 17: belay.plugin.v2.EditsResponse.hooks:type_name -> belay.plugin.v2.Hook
-	14, // 18: belay.plugin.v2.DeviceStatsResponse.stats:type_name -> belay.plugin.v2.DeviceStats
-	24, // 19: belay.plugin.v2.Plugin.Describe:input_type -> belay.plugin.v1.DescribeRequest
-	25, // 20: belay.plugin.v2.Plugin.Configure:input_type -> belay.plugin.v1.ConfigureRequest
-	26, // 21: belay.plugin.v2.Runtime.Info:input_type -> belay.plugin.v1.InfoRequest
-	27, // 22: belay.plugin.v2.Runtime.PrepareTask:input_type -> belay.plugin.v1.PrepareTaskRequest
-	28, // 23: belay.plugin.v2.Runtime.RemoveTask:input_type -> belay.plugin.v1.RemoveTaskRequest
-	29, // 24: belay.plugin.v2.Runtime.Pull:input_type -> belay.plugin.v1.PullRequest
-	2,  // 25: belay.plugin.v2.Runtime.Start:input_type -> belay.plugin.v2.StartRequest
-	30, // 26: belay.plugin.v2.Runtime.Stop:input_type -> belay.plugin.v1.StopRequest
-	31, // 27: belay.plugin.v2.Runtime.Remove:input_type -> belay.plugin.v1.RemoveRequest
-	32, // 28: belay.plugin.v2.Runtime.List:input_type -> belay.plugin.v1.ListRequest
-	33, // 29: belay.plugin.v2.Runtime.Events:input_type -> belay.plugin.v1.EventsRequest
-	34, // 30: belay.plugin.v2.Runtime.Stats:input_type -> belay.plugin.v1.StatsRequest
-	35, // 31: belay.plugin.v2.Runtime.Exec:input_type -> belay.plugin.v1.ExecRequest
-	7,  // 32: belay.plugin.v2.Device.Watch:input_type -> belay.plugin.v2.WatchRequest
-	10, // 33: belay.plugin.v2.Device.Edits:input_type -> belay.plugin.v2.EditsRequest
-	12, // 34: belay.plugin.v2.Device.Stats:input_type -> belay.plugin.v2.DeviceStatsRequest
-	0,  // 35: belay.plugin.v2.Plugin.Describe:output_type -> belay.plugin.v2.DescribeResponse
-	36, // 36: belay.plugin.v2.Plugin.Configure:output_type -> belay.plugin.v1.ConfigureResponse
-	37, // 37: belay.plugin.v2.Runtime.Info:output_type -> belay.plugin.v1.InfoResponse
-	38, // 38: belay.plugin.v2.Runtime.PrepareTask:output_type -> belay.plugin.v1.PrepareTaskResponse
-	39, // 39: belay.plugin.v2.Runtime.RemoveTask:output_type -> belay.plugin.v1.RemoveTaskResponse
-	40, // 40: belay.plugin.v2.Runtime.Pull:output_type -> belay.plugin.v1.PullUpdate
-	41, // 41: belay.plugin.v2.Runtime.Start:output_type -> belay.plugin.v1.StartResponse
-	42, // 42: belay.plugin.v2.Runtime.Stop:output_type -> belay.plugin.v1.StopResponse
-	43, // 43: belay.plugin.v2.Runtime.Remove:output_type -> belay.plugin.v1.RemoveResponse
-	44, // 44: belay.plugin.v2.Runtime.List:output_type -> belay.plugin.v1.ListResponse
-	45, // 45: belay.plugin.v2.Runtime.Events:output_type -> belay.plugin.v1.Event
-	46, // 46: belay.plugin.v2.Runtime.Stats:output_type -> belay.plugin.v1.StatsResponse
-	47, // 47: belay.plugin.v2.Runtime.Exec:output_type -> belay.plugin.v1.ExecResponse
-	8,  // 48: belay.plugin.v2.Device.Watch:output_type -> belay.plugin.v2.DeviceInventory
-	11, // 49: belay.plugin.v2.Device.Edits:output_type -> belay.plugin.v2.EditsResponse
-	13, // 50: belay.plugin.v2.Device.Stats:output_type -> belay.plugin.v2.DeviceStatsResponse
-	35, // [35:51] is the sub-list for method output_type
-	19, // [19:35] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	5,  // 3: belay.plugin.v2.ContainerSpec.entry_point:type_name -> belay.plugin.v2.Words
+	20, // 4: belay.plugin.v2.ContainerSpec.limits:type_name -> belay.plugin.v1.Limits
+	21, // 5: belay.plugin.v2.ContainerSpec.mounts:type_name -> belay.plugin.v1.Mount
+	22, // 6: belay.plugin.v2.ContainerSpec.ports:type_name -> belay.plugin.v1.PortMapping
+	23, // 7: belay.plugin.v2.ContainerSpec.ulimits:type_name -> belay.plugin.v1.Ulimit
+	24, // 8: belay.plugin.v2.ContainerSpec.devices:type_name -> belay.plugin.v1.HostDevice
+	7,  // 9: belay.plugin.v2.ContainerSpec.hooks:type_name -> belay.plugin.v2.Hook
+	6,  // 10: belay.plugin.v2.ContainerSpec.extra_hosts:type_name -> belay.plugin.v2.HostEntry
+	16, // 11: belay.plugin.v2.ContainerSpec.sysctls:type_name -> belay.plugin.v2.ContainerSpec.SysctlsEntry
+	17, // 12: belay.plugin.v2.ContainerSpec.labels:type_name -> belay.plugin.v2.ContainerSpec.LabelsEntry
+	4,  // 13: belay.plugin.v2.ContainerSpec.device_rules:type_name -> belay.plugin.v2.DeviceRule
+	10, // 14: belay.plugin.v2.DeviceInventory.devices:type_name -> belay.plugin.v2.DeviceInfo
+	18, // 15: belay.plugin.v2.DeviceInfo.attributes:type_name -> belay.plugin.v2.DeviceInfo.AttributesEntry
+	24, // 16: belay.plugin.v2.EditsResponse.devices:type_name -> belay.plugin.v1.HostDevice
+	21, // 17: belay.plugin.v2.EditsResponse.mounts:type_name -> belay.plugin.v1.Mount
+	7,  // 18: belay.plugin.v2.EditsResponse.hooks:type_name -> belay.plugin.v2.Hook
+	4,  // 19: belay.plugin.v2.EditsResponse.device_rules:type_name -> belay.plugin.v2.DeviceRule
+	15, // 20: belay.plugin.v2.DeviceStatsResponse.stats:type_name -> belay.plugin.v2.DeviceStats
+	25, // 21: belay.plugin.v2.Plugin.Describe:input_type -> belay.plugin.v1.DescribeRequest
+	26, // 22: belay.plugin.v2.Plugin.Configure:input_type -> belay.plugin.v1.ConfigureRequest
+	27, // 23: belay.plugin.v2.Runtime.Info:input_type -> belay.plugin.v1.InfoRequest
+	28, // 24: belay.plugin.v2.Runtime.PrepareTask:input_type -> belay.plugin.v1.PrepareTaskRequest
+	29, // 25: belay.plugin.v2.Runtime.RemoveTask:input_type -> belay.plugin.v1.RemoveTaskRequest
+	30, // 26: belay.plugin.v2.Runtime.Pull:input_type -> belay.plugin.v1.PullRequest
+	2,  // 27: belay.plugin.v2.Runtime.Start:input_type -> belay.plugin.v2.StartRequest
+	31, // 28: belay.plugin.v2.Runtime.Stop:input_type -> belay.plugin.v1.StopRequest
+	32, // 29: belay.plugin.v2.Runtime.Remove:input_type -> belay.plugin.v1.RemoveRequest
+	33, // 30: belay.plugin.v2.Runtime.List:input_type -> belay.plugin.v1.ListRequest
+	34, // 31: belay.plugin.v2.Runtime.Events:input_type -> belay.plugin.v1.EventsRequest
+	35, // 32: belay.plugin.v2.Runtime.Stats:input_type -> belay.plugin.v1.StatsRequest
+	36, // 33: belay.plugin.v2.Runtime.Exec:input_type -> belay.plugin.v1.ExecRequest
+	8,  // 34: belay.plugin.v2.Device.Watch:input_type -> belay.plugin.v2.WatchRequest
+	11, // 35: belay.plugin.v2.Device.Edits:input_type -> belay.plugin.v2.EditsRequest
+	13, // 36: belay.plugin.v2.Device.Stats:input_type -> belay.plugin.v2.DeviceStatsRequest
+	0,  // 37: belay.plugin.v2.Plugin.Describe:output_type -> belay.plugin.v2.DescribeResponse
+	37, // 38: belay.plugin.v2.Plugin.Configure:output_type -> belay.plugin.v1.ConfigureResponse
+	38, // 39: belay.plugin.v2.Runtime.Info:output_type -> belay.plugin.v1.InfoResponse
+	39, // 40: belay.plugin.v2.Runtime.PrepareTask:output_type -> belay.plugin.v1.PrepareTaskResponse
+	40, // 41: belay.plugin.v2.Runtime.RemoveTask:output_type -> belay.plugin.v1.RemoveTaskResponse
+	41, // 42: belay.plugin.v2.Runtime.Pull:output_type -> belay.plugin.v1.PullUpdate
+	42, // 43: belay.plugin.v2.Runtime.Start:output_type -> belay.plugin.v1.StartResponse
+	43, // 44: belay.plugin.v2.Runtime.Stop:output_type -> belay.plugin.v1.StopResponse
+	44, // 45: belay.plugin.v2.Runtime.Remove:output_type -> belay.plugin.v1.RemoveResponse
+	45, // 46: belay.plugin.v2.Runtime.List:output_type -> belay.plugin.v1.ListResponse
+	46, // 47: belay.plugin.v2.Runtime.Events:output_type -> belay.plugin.v1.Event
+	47, // 48: belay.plugin.v2.Runtime.Stats:output_type -> belay.plugin.v1.StatsResponse
+	48, // 49: belay.plugin.v2.Runtime.Exec:output_type -> belay.plugin.v1.ExecResponse
+	9,  // 50: belay.plugin.v2.Device.Watch:output_type -> belay.plugin.v2.DeviceInventory
+	12, // 51: belay.plugin.v2.Device.Edits:output_type -> belay.plugin.v2.EditsResponse
+	14, // 52: belay.plugin.v2.Device.Stats:output_type -> belay.plugin.v2.DeviceStatsResponse
+	37, // [37:53] is the sub-list for method output_type
+	21, // [21:37] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_v2_plugin_proto_init() }
@@ -1488,14 +1575,14 @@ func file_v2_plugin_proto_init() {
 		return
 	}
 	file_v2_plugin_proto_msgTypes[1].OneofWrappers = []any{}
-	file_v2_plugin_proto_msgTypes[14].OneofWrappers = []any{}
+	file_v2_plugin_proto_msgTypes[15].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_v2_plugin_proto_rawDesc), len(file_v2_plugin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
