@@ -25,6 +25,7 @@ needed() {
 		ip                       iproute2
 		gcc                      gcc
 		/usr/include/stdlib.h    libc6-dev
+		/usr/lib/python3/dist-packages/grpc  python3-grpcio
 	EOF
 }
 
