@@ -82,7 +82,7 @@ func (o pluginNew) run(t terminal, name string) error {
 	if err := writeNew(o.dir, files); err != nil {
 		return err
 	}
-	fmt.Fprintf(t.out, `made the plugin %s in %s: it finds serial ports, detector.go is where your hardware goes
+	fmt.Fprintf(t.out, `made the plugin %s in %s: it finds serial ports, hardware.go is where your hardware goes
 the SDK has no release yet: go.mod refers to it at %s
 next:
   cd %s
@@ -140,6 +140,7 @@ func (o pluginNew) files(name, source string) (map[string][]byte, error) {
 	files := map[string][]byte{}
 	for from, to := range map[string]string{
 		"main.go.txt": "main.go", "detector.go.txt": "detector.go", "main_test.go.txt": "main_test.go",
+		"hardware.go.txt": "hardware.go", "hardware_test.go.txt": "hardware_test.go",
 		"Makefile.txt": "Makefile", "README.md.txt": "README.md", "config.toml.txt": name + ".toml", "gitignore.txt": ".gitignore",
 	} {
 		text, err := scaffold.ReadFile("scaffold/device/" + from)

@@ -39,6 +39,8 @@ type CheckOptions struct {
 	Config json.RawMessage
 	// Image with a shell, for runtimes that have images.
 	Image string
+	// HangUp is how often a runtime is killed at random moments of Start; 0: 10.
+	HangUp int
 	// Slow stretches the suites' patience; 0: what SlowEnv says, or 1.
 	Slow int
 	// RuleTimeout bounds each rule; 0: 5 minutes. Slow stretches it too.
@@ -107,7 +109,7 @@ func Check(ctx context.Context, o CheckOptions) (Report, error) {
 		case sdk.KindDevice:
 			s = deviceSuite(outer, DeviceOptions{Executable: o.Executable, Config: o.Config, Slow: o.Slow})
 		case sdk.KindRuntime:
-			s = runtimeSuite(outer, RuntimeOptions{Executable: o.Executable, Config: o.Config, Image: o.Image, Slow: o.Slow})
+			s = runtimeSuite(outer, RuntimeOptions{Executable: o.Executable, Config: o.Config, Image: o.Image, HangUp: o.HangUp, Slow: o.Slow})
 		default:
 			c.add(Verdict{Kind: kind, Rule: "its kind is known", Result: Fail,
 				Messages: []string{fmt.Sprintf("the plugin is of kind %q, known are %s and %s", kind, sdk.KindRuntime, sdk.KindDevice)}})

@@ -22,6 +22,9 @@ type DeviceOptions struct {
 	// an inventory that differs is expected within five seconds. It is called
 	// once, at the end. nil skips that rule.
 	Change func() error
+	// Exists tells whether a path that edits name is there; nil asks this
+	// machine. For plugins that are shown a tree of recorded files.
+	Exists func(path string) bool
 	// Slow stretches the suite's patience; 0: what SlowEnv says, or 1.
 	Slow int
 }

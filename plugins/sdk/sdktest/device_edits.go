@@ -34,7 +34,7 @@ func testEdits(t T, r *deviceRig) {
 			t.Errorf("Edits of %q: %v", ids, err)
 			continue
 		}
-		for _, bad := range checkEdits(e) {
+		for _, bad := range r.checkEdits(e) {
 			t.Errorf("edits of %q: %s", ids, bad)
 		}
 	}
@@ -43,17 +43,21 @@ func testEdits(t T, r *deviceRig) {
 var cdiName = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_.-]*/[A-Za-z][A-Za-z0-9_-]*=[A-Za-z0-9][A-Za-z0-9_.:-]*$`)
 
 // checkEdits lists what a runtime could not apply.
-func checkEdits(e sdk.Edits) (wrong []string) {
+func (r *deviceRig) checkEdits(e sdk.Edits) (wrong []string) {
+	there := r.opts.Exists
+	if there == nil {
+		there = func(path string) bool { _, err := os.Stat(path); return !errors.Is(err, fs.ErrNotExist) }
+	}
 	bad := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	for _, d := range e.Devices {
 		st, err := os.Stat(d.HostPath)
 		switch {
 		case !filepath.IsAbs(d.HostPath):
 			bad("device path %q is not absolute", d.HostPath)
-		case errors.Is(err, fs.ErrNotExist):
+		case !there(d.HostPath):
 			bad("device %s does not exist; nodes that come later are named by DeviceRules", d.HostPath)
-		case err == nil && st.Mode()&os.ModeDevice == 0:
-			bad("%s is no device node but %s", d.HostPath, st.Mode().Type())
+		case r.opts.Exists == nil && err == nil && st.Mode()&os.ModeDevice == 0:
+			bad("%s is no device node but of mode %s", d.HostPath, st.Mode())
 		}
 		if d.ContainerPath != "" && !filepath.IsAbs(d.ContainerPath) {
 			bad("path %q of a device in the container is not absolute", d.ContainerPath)
@@ -71,7 +75,7 @@ func checkEdits(e sdk.Edits) (wrong []string) {
 		}
 		if !filepath.IsAbs(m.Source) {
 			bad("mount source %q is not absolute", m.Source)
-		} else if _, err := os.Stat(m.Source); errors.Is(err, fs.ErrNotExist) {
+		} else if !there(m.Source) {
 			bad("mount source %s does not exist", m.Source)
 		}
 	}
@@ -91,19 +95,19 @@ func checkEdits(e sdk.Edits) (wrong []string) {
 		}
 		if !filepath.IsAbs(h.Path) {
 			bad("hook path %q is not absolute", h.Path)
-		} else if st, err := os.Stat(h.Path); h.Point != "startContainer" && (err != nil || st.Mode()&0o111 == 0) {
-			bad("hook %s is no executable file", h.Path)
+		} else if h.Point != "startContainer" && !there(h.Path) {
+			bad("hook %s does not exist", h.Path)
 		}
 		if h.Timeout < 0 {
 			bad("hook %s has a timeout of %s", h.Path, h.Timeout)
 		}
 	}
-	for _, r := range e.DeviceRules {
-		if r.Type != "c" && r.Type != "b" {
-			bad("device rule for major %d is of type %q, want c or b", r.Major, r.Type)
+	for _, rule := range e.DeviceRules {
+		if rule.Type != "c" && rule.Type != "b" {
+			bad("device rule for major %d is of type %q, want c or b", rule.Major, rule.Type)
 		}
-		if !permissions(r.Permissions) {
-			bad("device rule for major %d has permissions %q, want letters of rwm", r.Major, r.Permissions)
+		if !permissions(rule.Permissions) {
+			bad("device rule for major %d has permissions %q, want letters of rwm", rule.Major, rule.Permissions)
 		}
 	}
 	return wrong
