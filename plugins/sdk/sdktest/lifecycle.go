@@ -173,6 +173,7 @@ func testStopCanceled(t T, r *rig) {
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("errors.Is(err, context.DeadlineExceeded) is false for %v", err)
 	}
+	<-time.After(r.patience(500 * time.Millisecond)) // what it may have begun takes its time
 	if got, ok := r.find(t, req.Attempt); !ok || got.State != sdk.StateRunning || got.PID != c.PID {
 		t.Errorf("after a Stop that was given up List has %+v, want it running as %d", got, c.PID)
 	}
@@ -277,6 +278,7 @@ func testTasks(t T, r *rig) {
 		return slices.Contains(inv.Tasks, id)
 	}
 	spec := sdk.TaskSpec{ID: newID(), Family: "sdktest", Network: r.opts.Network, Containers: []string{"main"}}
+	t.Cleanup(func() { r.cleanUp(t, spec.ID) })
 	for range 2 {
 		if err := r.runtime.PrepareTask(r.ctx(t), spec); err != nil {
 			t.Fatalf("PrepareTask: %v", err)

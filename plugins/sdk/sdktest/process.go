@@ -3,6 +3,7 @@ package sdktest
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -110,7 +111,7 @@ func testOrphan(t T, r *rig) {
 // testDescendants looks for what a container started, by a mark in its
 // command line, once it was stopped and removed.
 func testDescendants(t T, r *rig) {
-	mark := fmt.Sprintf("86400.%d", os.Getpid())
+	mark := fmt.Sprintf("86400.%d", rand.Int32())
 	req, _ := r.start(t, "sleep "+mark+" & (sleep "+mark+" &) ; echo ready; wait; sleep "+mark)
 	r.wantOutput(t, req.Stdout, "ready\n")
 	r.eventually(t, "children", func() error {

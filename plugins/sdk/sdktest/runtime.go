@@ -316,7 +316,7 @@ func (r *rig) wantOutput(t T, path, want string) {
 	t.Helper()
 	r.eventually(t, filepath.Base(path), func() error {
 		if got := readFile(t, path); got != want {
-			return fmt.Errorf("it holds %.200q, want %.200q", got, want)
+			return fmt.Errorf("it holds %.80q, want %.80q", got, want)
 		}
 		return nil
 	})

@@ -10,11 +10,16 @@ import (
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
+	"github.com/belay-edge/belay/plugins/sdk/serve"
 )
 
 // The test binary is also every plugin: which one, its file name says.
 func TestMain(m *testing.M) {
 	mode := filepath.Base(os.Args[0])
+	if mode == failingPlugin {
+		serve.Main(failing{})
+		return
+	}
 	if _, ok := brokenDevices[mode]; ok || mode == goodDevice {
 		pretend(mode)
 		return
@@ -79,7 +84,7 @@ func TestDeviceInGoTest(t *testing.T) {
 
 // For each rule there is a plugin that breaks it and no other.
 func TestDeviceSuiteHasTeeth(t *testing.T) {
-	atOnce := make(chan bool, 6)
+	atOnce := make(chan bool, 10)
 	var wg sync.WaitGroup
 	for mode, rule := range brokenDevices {
 		wg.Go(func() {
