@@ -51,6 +51,7 @@ func Device[S Subtests[S]](t S, o DeviceOptions) {
 
 func deviceSuite(t T, o DeviceOptions) suite {
 	r := &deviceRig{opts: o, bench: newBench(t, benchOptions{executable: o.Executable, config: o.Config, slow: o.Slow})}
+	t.Cleanup(func() { r.sweep(r.marked()) })
 	s := suite{kill: r.kill}
 	for _, c := range []struct {
 		name string
@@ -97,7 +98,7 @@ type deviceRig struct {
 func (r *deviceRig) devices(t T) (*host.Plugin, sdk.Devices) {
 	t.Helper()
 	p := r.launch(t)
-	t.Cleanup(func() { r.close(p) })
+	t.Cleanup(func() { r.over(p) }) // rules about its end ask it to
 	d, ok := p.Devices()
 	if !ok {
 		t.Fatalf("expected a plugin of kind device, it says %v (protocol %d)", p.Info().Kinds, p.ProtocolVersion())
@@ -162,6 +163,9 @@ func orNil(err error) error {
 // inventory is what the plugin first finds.
 func (r *deviceRig) inventory(t T, d sdk.Devices) []sdk.Device {
 	t.Helper()
+	if r.told(ruleInventory) {
+		r.missing(t, ruleInventory, "")
+	}
 	w := r.watch(t, d)
 	defer w.stop()
 	devices, err := w.next(r.patience(5 * time.Second))

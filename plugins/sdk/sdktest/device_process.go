@@ -214,11 +214,16 @@ func testKilledLeavesNothing(t T, r *deviceRig) {
 	}
 	if len(left) > 0 {
 		t.Errorf("expected none of its processes 3 s after a kill -9, there are %s", strings.Join(left, ", "))
-		for _, l := range left {
-			var pid int
-			if _, err := fmt.Sscanf(l, "%d", &pid); err == nil && pid > 1 {
-				_ = syscall.Kill(pid, syscall.SIGKILL)
-			}
+		r.sweep(left)
+	}
+}
+
+// sweep kills what the plugin should not have left behind.
+func (r *deviceRig) sweep(processes []string) {
+	for _, p := range processes {
+		var pid int
+		if _, err := fmt.Sscanf(p, "%d", &pid); err == nil && pid > 1 {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
 }
