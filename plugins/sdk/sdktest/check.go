@@ -83,7 +83,7 @@ func Check(ctx context.Context, o CheckOptions) (Report, error) {
 		return Report{}, err
 	}
 	o.Executable = abs
-	c := &checker{timeout: o.RuleTimeout * time.Duration(slowness(o.Slow)), report: o.OnVerdict}
+	c := &checker{timeout: o.RuleTimeout * time.Duration(slowness(o.Slow)), grace: 15 * time.Second, report: o.OnVerdict}
 	first, begun := newRecorder(ctx), time.Now()
 	var info sdk.Info
 	<-first.run(func(t T) {
@@ -128,6 +128,7 @@ func Check(ctx context.Context, o CheckOptions) (Report, error) {
 // checker runs suites in a plain program.
 type checker struct {
 	timeout time.Duration
+	grace   time.Duration // for a rule whose time is up to come back
 	report  func(Verdict)
 	out     Report
 
@@ -196,7 +197,7 @@ func (c *checker) rule(ctx context.Context, rule rule, kill func()) (v Verdict, 
 	kill()
 	select {
 	case <-done:
-	case <-time.After(15 * time.Second):
+	case <-time.After(c.grace):
 		stuck = true
 	}
 	return r.verdict(rule.name, time.Since(begun)), stuck

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -145,13 +146,13 @@ func (w *watch) next(within time.Duration) (devices []sdk.Device, err error) {
 		return devices, nil
 	case err := <-w.ended:
 		w.ended <- err
-		return nil, fmt.Errorf("Watch ended: %w", orNil(err))
+		return nil, fmt.Errorf("the watch ended: %w", orNil(err))
 	case <-timer.C:
 		return nil, fmt.Errorf("nothing came for %s", within)
 	}
 }
 
-var errNoError = fmt.Errorf("without an error")
+var errNoError = errors.New("without an error")
 
 func orNil(err error) error {
 	if err == nil {

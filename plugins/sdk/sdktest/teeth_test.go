@@ -45,7 +45,7 @@ func plugin(t *testing.T, mode string) string {
 func verdicts(t *testing.T, mode string) []Verdict {
 	t.Helper()
 	hardware := t.TempDir()
-	c := &checker{timeout: time.Minute}
+	c := &checker{timeout: time.Minute, grace: 15 * time.Second}
 	outer := newRecorder(t.Context())
 	outer.relay = c.log
 	s := deviceSuite(outer, DeviceOptions{
