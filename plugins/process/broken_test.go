@@ -2,7 +2,9 @@ package process_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -11,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -25,6 +28,11 @@ const goodRuntime = "rt-good"
 // conformance suite that it breaks.
 var brokenRuntimes = map[string]string{
 	"rt-other-name":           "it starts, under the name of its file",
+	"rt-serves-anyone":        "run by hand it says what it is and ends",
+	"rt-inconstant":           "what it says about itself is complete and constant",
+	"rt-takes-any-config":     "a wrong configuration is refused, its key named",
+	"rt-does-not-end":         "it ends when it is asked to",
+	"rt-outlives-its-host":    "it ends when its host dies",
 	"rt-no-version":           "info is complete and constant",
 	"rt-clamps-exit-codes":    "a container starts, exits and reports its exit code",
 	"rt-forgets-digest":       "start returns what it made",
@@ -90,20 +98,53 @@ type flawedPlugin struct{ f *flawed }
 
 func pretend(mode string) {
 	p := process.New("test")
-	serve.Main(flawedPlugin{&flawed{Plugin: p, Runtime: p.Runtime(), mode: mode, known: map[sdk.Attempt]string{},
-		stopped: map[sdk.Attempt]bool{}, prepared: map[string]bool{}, ports: map[sdk.Attempt][]sdk.PortMapping{}}})
+	plugin := flawedPlugin{&flawed{Plugin: p, Runtime: p.Runtime(), mode: mode, known: map[sdk.Attempt]string{},
+		stopped: map[sdk.Attempt]bool{}, prepared: map[string]bool{}, ports: map[sdk.Attempt][]sdk.PortMapping{}}}
+	own := map[string]bool{"rt-serves-anyone": true, "rt-does-not-end": true, "rt-outlives-its-host": true}
+	if byHand := os.Getenv("BELAY_PLUGIN") == ""; byHand && mode == "rt-serves-anyone" {
+		select {} // on and on
+	} else if byHand || !own[mode] {
+		serve.Main(plugin)
+	}
+	// The main function of somebody who did not use serve.Main.
+	var asked atomic.Bool
+	if mode != "rt-outlives-its-host" {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			<-time.After(time.Second)
+			if !asked.Load() || mode != "rt-does-not-end" {
+				os.Exit(0)
+			}
+		}()
+	}
+	_ = serve.Run(context.Background(), plugin, serve.Options{Dir: os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), HostVersions: "2"})
+	asked.Store(true)
+	if mode == "rt-does-not-end" {
+		select {}
+	}
 }
 
 func (p flawedPlugin) Info() sdk.Info {
 	i := p.f.Plugin.Info()
-	if i.Name = p.f.mode; p.f.mode == "rt-other-name" {
+	switch i.Name = p.f.mode; p.f.mode {
+	case "rt-other-name":
 		i.Name = "another"
+	case "rt-inconstant":
+		i.Version = strconv.Itoa(os.Getpid())
 	}
 	return i
 }
 
 func (p flawedPlugin) Configure(ctx context.Context, c sdk.Config) error {
 	p.f.state = c.StateDir
+	if p.f.mode == "rt-takes-any-config" {
+		table := map[string]json.RawMessage{}
+		if err := json.Unmarshal(c.JSON, &table); err != nil {
+			return err
+		}
+		delete(table, "no_such_key")
+		c.JSON, _ = json.Marshal(table)
+	}
 	return p.f.Plugin.Configure(ctx, c)
 }
 

@@ -40,7 +40,7 @@ func check(t *testing.T, mode string) sdktest.Report {
 // for each rule there is one that breaks it and no other.
 func TestRuntimeSuiteHasTeeth(t *testing.T) {
 	if testing.Short() {
-		t.Skip("38 runtimes take minutes")
+		t.Skip("43 runtimes take minutes")
 	}
 	good := check(t, goodRuntime)
 	unproven := map[string]bool{}

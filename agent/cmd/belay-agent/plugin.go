@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -93,6 +94,9 @@ func (o pluginTest) run(ctx context.Context, t terminal, file string) error {
 		check.OnVerdict = func(v sdktest.Verdict) { showVerdict(t, v) }
 	}
 	report, err := sdktest.Check(ctx, check)
+	if errors.Is(err, context.Canceled) {
+		return errors.New("the test was interrupted")
+	}
 	if err != nil {
 		return err
 	}

@@ -32,10 +32,10 @@ const goodDevice = "good-device"
 // brokenDevices are the plugins of the tests and the one rule each breaks.
 var brokenDevices = map[string]string{
 	"other-name":        ruleLaunch,
-	"serves-anyone":     "run by hand it says what it is and ends",
-	"inconstant":        "what it says about itself is complete and constant",
+	"serves-anyone":     ruleByHand,
+	"inconstant":        ruleDescription,
 	"hasty":             "calls before Configure are refused",
-	"takes-any-config":  "a wrong configuration is refused, its key named",
+	"takes-any-config":  ruleConfig,
 	"waits-for-change":  ruleInventory,
 	"doubles":           ruleContract,
 	"repeats":           "a watch is silent while nothing changes",
@@ -53,7 +53,7 @@ var brokenDevices = map[string]string{
 	"no-health":         "it answers pings while it is watched",
 	"does-not-end":      ruleEnds,
 	"watch-never-ends":  "a watch ends when it is asked to",
-	"outlives-its-host": "it ends when its host dies",
+	"outlives-its-host": ruleHostDies,
 	"leaves-a-child":    "killed while it is watched, it leaves no process behind",
 	"blind":             "a change is reported within five seconds",
 }

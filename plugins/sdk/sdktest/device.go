@@ -37,7 +37,6 @@ const (
 	ruleTwoWatches = "two watches run beside each other"
 	ruleIDs        = "ids are the same in a new process"
 	ruleEdits      = "the edits of a ready device are complete"
-	ruleEnds       = "it ends when it is asked to"
 )
 
 // Device runs the conformance suite of device plugins as subtests of t, a
@@ -59,10 +58,10 @@ func deviceSuite(t T, o DeviceOptions) suite {
 		test func(T, *deviceRig)
 	}{
 		{ruleLaunch, testDeviceLaunch},
-		{"run by hand it says what it is and ends", testByHand},
-		{"what it says about itself is complete and constant", testDescription},
+		{ruleByHand, inDevice(testByHand)},
+		{ruleDescription, inDevice(testDescription)},
 		{"calls before Configure are refused", testBeforeConfigure},
-		{"a wrong configuration is refused, its key named", testWrongConfig},
+		{ruleConfig, inDevice(testWrongConfig)},
 		{ruleInventory, testFirstInventory},
 		{ruleContract, testInventoryContract},
 		{"a watch is silent while nothing changes", testWatchSilent},
@@ -78,15 +77,19 @@ func deviceSuite(t T, o DeviceOptions) suite {
 		{"the stats of an unknown device are not found", testStatsUnknown},
 		{"calls run beside each other", testDeviceConcurrent},
 		{"it answers pings while it is watched", testPing},
-		{ruleEnds, testEnds},
+		{ruleEnds, inDevice(testEnds)},
 		{"a watch ends when it is asked to", testWatchEnds},
-		{"it ends when its host dies", testHostDies},
+		{ruleHostDies, inDevice(testHostDies)},
 		{"killed while it is watched, it leaves no process behind", testKilledLeavesNothing},
 		{"a change is reported within five seconds", testChange},
 	} {
 		s.rules = append(s.rules, r.rule(c.name, func(t T) { c.test(t, r) }))
 	}
 	return s
+}
+
+func inDevice(f func(T, *bench)) func(T, *deviceRig) {
+	return func(t T, r *deviceRig) { f(t, r.bench) }
 }
 
 // deviceRig is a device plugin. Most rules launch a process of their own.

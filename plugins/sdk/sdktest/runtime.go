@@ -60,6 +60,11 @@ func runtimeSuite(t T, o RuntimeOptions) suite {
 		name string
 		test func(T, *rig)
 	}{
+		{ruleByHand, inRuntime(testByHand)},
+		{ruleDescription, inRuntime(testDescription)},
+		{ruleConfig, inRuntime(testWrongConfig)},
+		{ruleEnds, inRuntime(testEnds)},
+		{ruleHostDies, inRuntime(testHostDies)},
 		{"info is complete and constant", testInfo},
 		{"a container starts, exits and reports its exit code", testExitCodes},
 		{"start returns what it made", testStartResult},
@@ -101,6 +106,13 @@ func runtimeSuite(t T, o RuntimeOptions) suite {
 		s.rules = append(s.rules, r.rule(c.name, func(t T) { r.ready(t); c.test(t, r) }))
 	}
 	return s
+}
+
+func inRuntime(f func(T, *bench)) func(T, *rig) {
+	return func(t T, r *rig) {
+		r.crash()
+		f(t, r.bench)
+	}
 }
 
 // rig is a runtime plugin across launches of its process.
