@@ -1,7 +1,8 @@
 // Package sdktest checks plugins against the contract of package sdk over the
 // real protocol: it launches the built executable the way an agent does, kills
-// it where an agent would, and looks at what is left. It also has an in-memory
-// runtime for tests of what uses runtimes.
+// it where an agent would, and looks at what is left. Runtime and Device run
+// the rules as subtests of a test; Check runs them in a plain program. It also
+// has an in-memory runtime for tests of what uses runtimes.
 package sdktest
 
 import (
