@@ -7,14 +7,17 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GOARCH  ?= $(shell go env GOARCH)
 BIN     ?= bin
 MODULES := . plugins/sdk
-PLUGINS := containerd process
+PLUGINS := containerd docker edgetpu process
 
 # Lint uses the build's flags, so that nothing is compiled twice for it.
 FLAGS   = -buildvcs=false -trimpath -tags=grpcnotrace
 GOBUILD = CGO_ENABLED=0 go build $(FLAGS) -ldflags '-s -w -X main.version=$(VERSION)'
 RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 
-.PHONY: build demo test test-modules test-systemd test-vm lint bench fuzz generate check-generated setup clean
+# Headers of go-nvml declare deprecated what its bindings must still bind.
+export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
+
+.PHONY: build demo test test-modules test-systemd test-vm test-arm lint bench fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -22,6 +25,10 @@ build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@$(GOBUILD) -o $(BIN)/ ./agent/cmd/belay-agent ./controlplane/cmd/belay-control ./controlplane/cmd/belay \
 		./plugins/cmd/belay-plugins ./plugins/process/cmd/belay-supervise
 	@for p in $(PLUGINS); do ln -sfn ../belay-plugins $(BIN)/plugins/$$p; done
+	@if [ "$$(GOARCH=$(GOARCH) go env CGO_ENABLED)" = 1 ] && command -v "$$(GOARCH=$(GOARCH) go env CC)" >/dev/null; then \
+		CGO_ENABLED=1 GOARCH=$(GOARCH) go build $(FLAGS),netgo,osusergo -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ ./plugins/cmd/belay-plugin-nvidia && \
+		ln -sfn ../belay-plugin-nvidia $(BIN)/plugins/nvidia; \
+	else echo "no C compiler for $(GOARCH), so no plugin nvidia: install gcc and libc6-dev, or name a cross compiler with CGO_ENABLED=1 CC=..."; fi
 
 setup: ## what tests and demo need from the distribution
 	@packaging/dev/setup.sh || { [ "$$(id -u)" -ne 0 ] && echo "going on without root: what needs the above is left out, and says so"; }
@@ -44,11 +51,31 @@ test-modules:
 	@for m in $(MODULES); do echo "== go test $$m"; (cd $$m && $(GOTEST) $$(go list ./... | grep -v /hw-tests) $(SHOW)) || exit 1; done
 	@echo "== go test hw-tests"; export BELAY_BIN=$(abspath $(BIN)); $(GOTEST) -p 1 ./hw-tests/... $(SHOW)
 
+lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
+	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
+	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && export CGO_ENABLED=0 GOFLAGS="$(FLAGS)" && go mod tidy -diff >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
+
 test-systemd: ## the process plugin with a real systemd: the host's, or one booted in a container
 	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestConformanceSystemd$$' -v ./plugins/process
 
 test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, process, units)
 	@hw-tests/vm/run.sh $(VM)
+
+# Unit tests of what reads hardware, golden inventories by the test binaries and
+# by the built plugins. arm is ARMv6, the first Raspberry Pi.
+ARMTESTS = plugins/edgetpu plugins/nvidia hw-tests/devices
+test-arm: ## detectors built for arm64 and ARMv6, under qemu's user emulation
+	@for a in arm64:qemu-aarch64-static arm:qemu-arm-static; do arch=$${a%%:*} emu=$${a#*:} out=$(abspath $(BIN))/test-$${a%%:*}; \
+		command -v $$emu >/dev/null || { echo "no $$emu: apt-get install qemu-user-static"; exit 1; }; \
+		echo "== building for $$arch"; mkdir -p $$out/plugins; export GOARCH=$$arch GOARM=6 CGO_ENABLED=0; \
+		go build $(FLAGS) -ldflags '-s -w' -o $$out/ ./plugins/cmd/belay-plugins ./plugins/cmd/belay-plugin-nvidia; \
+		ln -sfn ../belay-plugins $$out/plugins/edgetpu; ln -sfn ../belay-plugin-nvidia $$out/plugins/nvidia; \
+		go -C plugins/sdk test -c -o $$out/sysfs.test ./sysfs; \
+		for p in $(ARMTESTS); do go test -c -tags=grpcnotrace -o $$out/$$(basename $$p).test ./$$p; done; unset GOARCH GOARM CGO_ENABLED; \
+		(cd plugins/sdk/sysfs && timeout 300 $$emu $$out/sysfs.test); \
+		for p in $(ARMTESTS); do echo "== $$p on $$arch"; (cd $$p && timeout 300 $$emu $$out/$$(basename $$p).test -test.skip '^(TestTarget|TestContainers.*)$$') || exit 1; done; \
+		echo "== built plugins on $$arch"; (cd hw-tests/devices && timeout 300 go test -count=1 . -run '^TestGoldenBuilt$$' -bin $$out -emulator $$emu) || exit 1; \
+	done
 
 bench: setup build ## what it costs: memory, latency beside ctr, binary sizes
 	go test ./hw-tests/blackbox -run '^$$' -bench . -benchtime 1x -timeout 30m -bin $(abspath $(BIN))

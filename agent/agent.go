@@ -15,10 +15,11 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
-// Config is what an Agent is made of. All ports are needed; the rest has
-// defaults.
+// Config is what an Agent is made of. All ports but Devices are needed; the rest
+// has defaults.
 type Config struct {
 	Runtimes Runtimes
+	Devices  Devices // nil: containers that ask for devices wait
 	Journal  Journal
 	Saved    Saved // what the Journal held
 	Uplink   Uplink
@@ -110,7 +111,7 @@ func New(cfg Config) (*Agent, error) {
 		unlisted: map[string]unlisted{},
 	}
 	a.hands = &hands{
-		runtimes: cfg.Runtimes, outputs: cfg.Outputs, volumes: cfg.Volumes,
+		runtimes: cfg.Runtimes, outputs: cfg.Outputs, volumes: cfg.Volumes, devices: cfg.Devices,
 		clock: cfg.Clock, instance: cfg.InstanceID, progress: a.inbox.progress,
 	}
 	a.started = cfg.Clock.Now()
@@ -132,6 +133,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer cancel()
 	var under sync.WaitGroup
 	a.watchRuntimes(calls, &under)
+	a.watchDevices(calls, &under)
 	for ctx.Err() == nil {
 		a.turn(calls, &under)
 		if !a.wait(ctx) {
@@ -266,6 +268,9 @@ func (a *Agent) absorb() {
 		for _, rt := range s.Runtimes {
 			rt.want(now)
 		}
+	}
+	if (in.refound || in.changed) && a.cfg.Devices != nil {
+		s.refound(a.cfg.Devices.Inventory(), now)
 	}
 	for id, seq := range in.acks {
 		s.acked(id, seq)

@@ -39,6 +39,13 @@ func (s *State) decide(a action, now time.Duration) {
 			return
 		}
 		s.nextAttempt(t, c, a.Attempt.Number, now)
+		c.Devices, c.deviceRetry = a.Devices, retry{}
+	case decideDevices:
+		c := t.container(a.Attempt.Container)
+		if c == nil || c.Number != a.Attempt.Number || c.Phase != phaseRecorded {
+			return
+		}
+		c.Devices, c.deviceRetry = a.Devices, retry{}
 	}
 }
 
@@ -68,6 +75,7 @@ type job struct {
 	image      string
 	digest     string
 	hostPorts  []int
+	devices    []DeviceRef
 	withinTask sdk.TaskSpec
 }
 
@@ -80,6 +88,9 @@ type result struct {
 	info      sdk.RuntimeInfo
 	inventory sdk.Inventory
 	exec      sdk.ExecResult
+	// withheld: the runtime was not asked, because a plugin did not say what
+	// the container's devices need.
+	withheld bool
 }
 
 // begin marks a call as under way and copies out what it needs.
@@ -104,7 +115,7 @@ func (s *State) begin(a action) job {
 	c := t.container(a.Attempt.Container)
 	if c != nil {
 		j.container, j.image, j.digest = c.Spec, c.Image, c.Digest
-		j.hostPorts = slices.Clone(c.HostPorts)
+		j.hostPorts, j.devices = slices.Clone(c.HostPorts), slices.Clone(c.Devices)
 	}
 	switch a.Verb {
 	case callPrepare, callUnprepare, callForget:
@@ -140,7 +151,7 @@ func (s *State) finish(r result, now time.Duration) {
 		s.listed(r, now)
 		return
 	}
-	if r.err != nil && sdk.KindOf(r.err) == sdk.Unavailable && r.Verb != callPull && r.Verb != callForget {
+	if r.err != nil && sdk.KindOf(r.err) == sdk.Unavailable && !r.withheld && r.Verb != callPull && r.Verb != callForget {
 		// The plugin or its daemon may be gone: nothing is known until it lists.
 		rt := s.runtime(r.Runtime)
 		rt.known = false
@@ -240,6 +251,13 @@ func (s *State) finishPull(t *Task, c *Container, r result, now time.Duration) {
 }
 
 func (s *State) finishStart(t *Task, c *Container, r result, now time.Duration) {
+	if r.withheld {
+		// Nothing was started. The task waits: what keeps a device away is
+		// no fault of its own.
+		c.deviceRetry.fail(now, s.jitter(), r.err)
+		return
+	}
+	c.deviceRetry = retry{}
 	if r.err == nil {
 		c.retry, c.conflicts = retry{}, 0
 		c.pulled = false // what is there now may be gone by the next attempt
@@ -385,6 +403,8 @@ func (c *Container) identify(seen sdk.Container) {
 	}
 }
 
+const reasonRebooted = "The device rebooted while it ran: nobody saw its exit"
+
 // lost is an attempt the runtime knows nothing of. One that never ran may be
 // started; one that ran has ended and nobody saw how.
 func (s *State) lost(t *Task, c *Container, now time.Duration) {
@@ -394,7 +414,7 @@ func (s *State) lost(t *Task, c *Container, now time.Duration) {
 	}
 	reason := "The runtime no longer knows the container: its exit code is lost"
 	if c.BootID != s.BootID {
-		reason = "The device rebooted while it ran: nobody saw its exit"
+		reason = reasonRebooted
 	}
 	s.exit(c, nil, reason, now)
 	c.Removed = true

@@ -210,7 +210,7 @@ func (b *bubble) calls() []string {
 	return append([]string{}, b.runtime.log...)
 }
 
-func newBubble(t *testing.T, jitter float64) *bubble {
+func newBubble(t *testing.T, jitter float64, set ...func(*Config)) *bubble {
 	j := newSimJournal()
 	began := time.Now()
 	b := &bubble{
@@ -221,10 +221,14 @@ func newBubble(t *testing.T, jitter float64) *bubble {
 			since: func() time.Duration { return time.Since(began) },
 		},
 	}
-	a, err := New(Config{
+	cfg := Config{
 		Runtimes: b.runtime, Journal: j, Uplink: b, Outputs: b.outputs, Volumes: nowhere{}, Clock: b.clock,
 		InstanceID: "device", Jitter: func() float64 { return jitter }, Logger: slog.New(slog.NewTextHandler(&b.log, nil)),
-	})
+	}
+	for _, f := range set {
+		f(&cfg)
+	}
+	a, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

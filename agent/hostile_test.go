@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"testing"
 	"time"
@@ -19,6 +20,7 @@ type simulation struct {
 	clock   *stillClock
 	journal *simJournal
 	runtime *simRuntime
+	devices *simDevices
 	hands   *hands
 	state   *State
 	began   time.Duration
@@ -34,6 +36,7 @@ type simulation struct {
 	reported map[string]*wire.TaskStatus
 	ids      int
 	reboots  int
+	rebooted map[sdk.Attempt]bool // ran when the device rebooted
 	incarn   string
 }
 
@@ -47,8 +50,11 @@ func newSimulation(t *rapid.T) *simulation {
 	s := &simulation{
 		t: t, clock: &stillClock{now: time.Minute, boot: "boot-0"}, journal: j, runtime: newSimRuntime(j),
 		wanted: map[string]*wire.Assignment{}, over: map[string]bool{}, reported: map[string]*wire.TaskStatus{}, incarn: "one",
+		rebooted: map[sdk.Attempt]bool{},
 	}
-	s.hands = &hands{runtimes: s.runtime, outputs: nowhere{}, volumes: nowhere{}, clock: s.clock}
+	s.devices = &simDevices{journal: j, runtime: s.runtime}
+	s.devices.heal()
+	s.hands = &hands{runtimes: s.runtime, devices: s.devices, outputs: nowhere{}, volumes: nowhere{}, clock: s.clock}
 	s.boot()
 	return s
 }
@@ -58,6 +64,7 @@ func (s *simulation) boot() {
 	s.state = newState(Limits{PullGiveUp: 5 * time.Minute, KeepStopped: time.Hour, KeepStoppedTasks: 3},
 		s.clock.boot, s.journal.saved(), s.clock.now, func() float64 { return 0.5 })
 	s.state.runtime(defaultRuntime)
+	s.state.refound(s.devices.Inventory(), s.clock.now)
 	s.began, s.seq = s.clock.now, 0
 	for _, p := range s.pending {
 		if p.done == nil {
@@ -101,11 +108,22 @@ func (s *simulation) receive(st *wire.TaskStatus) {
 		if c.ExitCode != nil && (!ended || truth == nil || int32(*truth) != c.GetExitCode()) {
 			s.t.Fatalf("%s is said to have exited with %d; in truth: %v", a, c.GetExitCode(), truth)
 		}
-		if c.GetLastStatus() == Stopped && c.ExitCode == nil && ended && truth != nil {
+		if now := s.runtime.containers[a]; c.GetLastStatus() == Running && s.rebooted[a] && (now == nil || now.state != sdk.StateRunning) {
+			s.t.Fatalf("%s is said to run, and the device rebooted since", a)
+		}
+		// After a reboot it is known to have ended before it is known how.
+		if c.GetLastStatus() == Stopped && c.ExitCode == nil && ended && truth != nil && !s.unlisted(a) {
 			s.t.Fatalf("the exit code %d of %s was lost", *truth, a)
 		}
 	}
 	s.reported[st.GetTaskId()] = st
+}
+
+// unlisted says that the agent still waits for the runtime's word on an
+// attempt, without which its task must not be called STOPPED.
+func (s *simulation) unlisted(a sdk.Attempt) bool {
+	t := s.state.task(a.Task)
+	return t.Status != Stopped && t.container(a.Container).Phase == phaseUnknown
 }
 
 func (s *simulation) assign(full bool, set ...*wire.Assignment) {
@@ -150,6 +168,9 @@ func (s *simulation) newTask() *wire.Assignment {
 		main.RestartPolicy = &wire.RestartPolicy{Enabled: true, AttemptPeriodS: 60}
 		main.Ports = []*wire.PortMapping{{ContainerPort: 80}}
 	}
+	for _, c := range spec.Containers {
+		s.requests(c)
+	}
 	a := &wire.Assignment{Sequence: uint64(n + 1), TaskId: id(n), Desired: "RUNNING", Spec: spec}
 	s.wanted[a.TaskId] = a
 	return a
@@ -160,7 +181,7 @@ var troubles = []string{"", "", "", "unavailable", "deadline", "exhausted", "una
 // hostile are the things that can happen.
 func (s *simulation) hostile() map[string]func(*rapid.T) {
 	pick := func(n int, what string) int { return rapid.IntRange(0, n-1).Draw(s.t, what) }
-	return map[string]func(*rapid.T){
+	all := map[string]func(*rapid.T){
 		"": func(*rapid.T) { s.settle() },
 		"time passes": func(*rapid.T) {
 			s.clock.now += time.Duration(rapid.IntRange(0, 70_000).Draw(s.t, "ms")) * time.Millisecond
@@ -234,6 +255,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			s.ghosts = nil
 			for _, a := range s.runtime.live("", "") {
 				s.runtime.exit(a, nil)
+				s.rebooted[a] = true
 				if rapid.Bool().Draw(s.t, "forgets") {
 					delete(s.runtime.containers, a)
 				}
@@ -294,6 +316,8 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 		"the disk lies":             func(*rapid.T) { s.journal.liar = !s.journal.liar },
 		"the health check turns":    func(*rapid.T) { s.runtime.healthy = !s.runtime.healthy },
 	}
+	maps.Copy(all, s.devicesHostile())
+	return all
 }
 
 func (s *simulation) perform(p *pendingCall) {
@@ -338,6 +362,8 @@ func (s *simulation) acknowledge() {
 
 func (s *simulation) heal() {
 	s.journal.broken, s.journal.liar, s.runtime.down, s.runtime.healthy = false, false, false, true
+	s.devices.heal()
+	s.state.refound(s.devices.Inventory(), s.clock.now)
 }
 
 // calm ends the hostility and lets everything come to rest.
@@ -419,6 +445,7 @@ func (s *simulation) check() {
 					s.t.Fatalf("task %s says RUNNING with %d %s running: %v", task, running, c.GetName(), said)
 				}
 			}
+		case t != nil && s.waits(t):
 		default:
 			s.t.Fatalf("task %s did not come to rest: %v (%+v)", task, said, t)
 		}

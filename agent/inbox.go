@@ -25,6 +25,7 @@ type contents struct {
 	acks    map[string]uint64
 	hints   []string // runtimes to list
 	changed bool     // a plugin came up or went down
+	refound bool     // the inventory of devices changed
 	up      *bool
 	asks    []*question
 }
@@ -41,7 +42,7 @@ type question struct {
 }
 
 func newInbox() inbox {
-	return inbox{mu: &sync.Mutex{}, in: &contents{changed: true}, wake: make(chan struct{}, 1), wakeAt: never}
+	return inbox{mu: &sync.Mutex{}, in: &contents{changed: true, refound: true}, wake: make(chan struct{}, 1), wakeAt: never}
 }
 
 func (b *inbox) put(f func(*contents)) {
@@ -115,6 +116,23 @@ func (b *inbox) withdraw(q *question) bool {
 	}
 	b.in.asks = slices.Delete(b.in.asks, i, i+1)
 	return true
+}
+
+// watchDevices turns changes of the inventory into a look at it until ctx ends.
+func (a *Agent) watchDevices(ctx context.Context, under *sync.WaitGroup) {
+	if a.cfg.Devices == nil {
+		return
+	}
+	under.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-a.cfg.Devices.DeviceChanges():
+				a.inbox.put(func(c *contents) { c.refound = true })
+			}
+		}
+	})
 }
 
 const (

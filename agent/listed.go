@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"slices"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -16,6 +17,12 @@ func (s *State) listed(r result, now time.Duration) {
 		missing := sdk.KindOf(r.err) == sdk.NotFound
 		if missing && !rt.missing {
 			rt.since = now
+		}
+		if missing && len(rt.strays) == 0 && !slices.ContainsFunc(s.Tasks, func(t *Task) bool { return t.runtimeName() == rt.name }) {
+			// It turned out to be a plugin of another kind, or is gone: nobody
+			// asks for it.
+			delete(s.Runtimes, rt.name)
+			return
 		}
 		rt.known, rt.missing = false, missing
 		rt.retry.fail(now, s.jitter(), r.err)
@@ -128,7 +135,7 @@ func (s *State) reconcile(t *Task, c *Container, claimed map[*Container]sdk.Cont
 	if seen.Attempt.Number > c.Number {
 		// Its record was lost: what runs is what counts.
 		c.clearRun()
-		c.Number, c.Phase, c.Removed = seen.Attempt.Number, phaseUnknown, false
+		c.Number, c.Phase, c.Removed, c.Devices = seen.Attempt.Number, phaseUnknown, false, nil
 		c.BootID, c.StartedAt = s.BootID, now
 	}
 	if c.Phase == phaseExited {

@@ -25,6 +25,7 @@ type hands struct {
 	runtimes Runtimes
 	outputs  Outputs
 	volumes  Volumes
+	devices  Devices // nil: none
 	clock    Clock
 	instance string
 	progress func(sdk.Attempt, sdk.PullProgress)
@@ -70,7 +71,12 @@ func (h *hands) perform(ctx context.Context, j job) result {
 	case callStart:
 		ctx, cancel = within(startTimeout)
 		defer cancel()
-		r.found, r.err = h.start(ctx, rt, j)
+		var edits sdk.Edits
+		if edits, r.err = h.edits(ctx, j.devices); r.err != nil {
+			r.withheld = true
+			return r
+		}
+		r.found, r.err = h.start(ctx, rt, j, edits)
 	case callHalt:
 		ctx, cancel = within(j.Grace + haltMargin)
 		defer cancel()
@@ -132,12 +138,13 @@ func (h *hands) pull(ctx context.Context, rt sdk.Runtime, j job) (sdk.Image, err
 }
 
 // start makes the files and directories an attempt needs and starts it.
-func (h *hands) start(ctx context.Context, rt sdk.Runtime, j job) (sdk.Container, error) {
+func (h *hands) start(ctx context.Context, rt sdk.Runtime, j job, edits sdk.Edits) (sdk.Container, error) {
 	mounts, err := h.mounts(j)
 	if err != nil {
 		return sdk.Container{}, kept(err, "make the volumes of "+j.Attempt.String())
 	}
 	req := startRequest(j, h.instance, mounts)
+	apply(&req.Spec, edits)
 	req.Stdout, req.Stderr, err = h.outputs.Open(j.Attempt)
 	if err != nil {
 		return sdk.Container{}, kept(err, "open the output files of "+j.Attempt.String())

@@ -21,6 +21,7 @@ const (
 	decideStop    verb = "stop"    // the task is to end: Code, Reason
 	decideAttempt verb = "attempt" // the container gets its next attempt
 	decideStatus  verb = "status"  // the task reached Status
+	decideDevices verb = "devices" // the attempt, which never ran, gets other devices
 
 	callList      verb = "list"
 	callPrepare   verb = "prepare"
@@ -35,7 +36,7 @@ const (
 )
 
 func (v verb) decision() bool {
-	return v == decideStop || v == decideAttempt || v == decideStatus
+	return v == decideStop || v == decideAttempt || v == decideStatus || v == decideDevices
 }
 
 // action is one thing to do now.
@@ -48,6 +49,7 @@ type action struct {
 	Code    string
 	Reason  string
 	Status  string
+	Devices []DeviceRef // of an attempt
 }
 
 // never is a time that no timer waits for.
@@ -80,6 +82,8 @@ type planner struct {
 	now  time.Duration
 	acts []action
 	wake time.Duration
+
+	chosen map[*Container][]DeviceRef // see choice
 }
 
 func (p *planner) do(a action) { p.acts = append(p.acts, a) }
@@ -349,7 +353,15 @@ func (p *planner) container(t *Task, rt *runtimeState, c *Container) {
 		}
 		if c.Phase == phaseNone {
 			p.attempt(t, c)
-		} else if !c.dirty() {
+			return
+		}
+		devices, ready := p.devices(c)
+		switch {
+		case !ready:
+		case !slices.Equal(devices, c.Devices):
+			a.Verb, a.Devices = decideDevices, devices
+			p.do(a)
+		case !c.dirty() && p.due(c.deviceRetry.at):
 			a.Verb = callStart
 			p.do(a)
 		}
@@ -371,7 +383,12 @@ func (p *planner) container(t *Task, rt *runtimeState, c *Container) {
 }
 
 func (p *planner) attempt(t *Task, c *Container) {
-	p.do(action{Verb: decideAttempt, Attempt: sdk.Attempt{Task: t.ID, Container: c.Spec.GetName(), Number: max(c.Number, c.floor) + 1}})
+	devices, ok := p.devices(c)
+	if !ok {
+		return // an inventory that changes or a container that goes brings them
+	}
+	p.do(action{Verb: decideAttempt, Devices: devices,
+		Attempt: sdk.Attempt{Task: t.ID, Container: c.Spec.GetName(), Number: max(c.Number, c.floor) + 1}})
 }
 
 // stop plans for a task that is to end: its containers stop, dependents

@@ -161,6 +161,39 @@ func TestNeverGivingUpIsNoOverflow(t *testing.T) {
 	}
 }
 
+// A runtime may take long to come up after a reboot, or never do.
+func TestContainerWasReportedRunningThroughAReboot(t *testing.T) {
+	for _, tc := range []struct {
+		name, boot string
+		want       *wire.ContainerStatus
+	}{
+		{"the agent alone restarted", "boot", &wire.ContainerStatus{LastStatus: Running}},
+		{"the device restarted", "earlier", &wire.ContainerStatus{LastStatus: Stopped, Reason: reasonRebooted}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := newState(Limits{}, "boot", Saved{Tasks: []SavedTask{{
+				Assignment: &wire.Assignment{TaskId: "t", Spec: &wire.TaskSpec{Containers: []*wire.Container{essential("main")}}},
+				Status:     &StatusRecord{LastStatus: Running},
+				Attempts:   []AttemptRecord{{Container: "main", Number: 1, BootID: tc.boot, Started: true}},
+			}}}, 0, func() float64 { return 0.5 })
+			next := func() uint64 { return 1 }
+			when := func() *wire.When { return &wire.When{} }
+			if got, _ := s.reports(settleWait-1, 0, when, next); len(got) != 0 {
+				t.Errorf("before anything can be known it says %v", got)
+			}
+			got, _ := s.reports(settleWait, 0, when, next)
+			if len(got) != 1 || len(got[0].GetContainers()) != 1 {
+				t.Fatalf("reports %v, want one of one container", got)
+			}
+			c := got[0].GetContainers()[0]
+			said := &wire.ContainerStatus{LastStatus: c.GetLastStatus(), Reason: c.GetReason()}
+			if d := cmp.Diff(tc.want.String(), said.String()); d != "" {
+				t.Errorf("container (-want +got):\n%s", d)
+			}
+		})
+	}
+}
+
 func TestStatusOnlyAdvances(t *testing.T) {
 	all := []string{"", Provisioning, Pending, Activating, Running, Deactivating, Stopping, Deprovisioning, Stopped}
 	for i, from := range all {

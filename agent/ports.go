@@ -101,6 +101,9 @@ type AttemptRecord struct {
 	Digest    string `json:"digest,omitempty"`
 	// HostPorts are the chosen ports, in the order of the container's mappings.
 	HostPorts []int `json:"hostPorts,omitempty"`
+	// Devices are the ones the attempt has been given. An agent that knows none
+	// leaves them out: a record without them says nothing about devices.
+	Devices []DeviceRef `json:"devices,omitempty"`
 	// StartedAt is since boot BootID.
 	StartedAt time.Duration `json:"startedAt,omitempty"`
 	Started   bool          `json:"started,omitempty"` // the runtime has run it
@@ -113,6 +116,12 @@ type AttemptRecord struct {
 	RanFor   time.Duration `json:"ranFor,omitempty"`
 	Rebooted bool          `json:"rebooted,omitempty"` // ended by a reboot, not by itself
 	Removed  bool          `json:"removed,omitempty"`  // proven gone from the runtime
+}
+
+// DeviceRef names a device of a plugin.
+type DeviceRef struct {
+	Plugin string `json:"plugin"`
+	ID     string `json:"id"`
 }
 
 // StatusRecord is the task's observed status and why it stopped.

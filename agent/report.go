@@ -35,6 +35,7 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 			wake = at
 		}
 	}
+	p := &planner{s: s, now: now, wake: never}
 	for _, t := range s.Tasks {
 		if t.removed() || t.Status == Stopped && t.Acked {
 			continue
@@ -42,6 +43,9 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 		if now < started+settleWait && t.unsettled() {
 			later(started + settleWait)
 			continue
+		}
+		if at := p.awaits(t); at != never {
+			later(at)
 		}
 		st := s.taskStatus(t)
 		if t.report.last != nil {
@@ -93,12 +97,12 @@ func (s *State) taskStatus(t *Task) *wire.TaskStatus {
 		st.StopCode, st.StoppedReason = t.Stop.code, t.Stop.reason
 	}
 	for _, c := range t.Containers {
-		st.Containers = append(st.Containers, c.status(t))
+		st.Containers = append(st.Containers, c.status(t, s.BootID))
 	}
 	return st
 }
 
-func (c *Container) status(t *Task) *wire.ContainerStatus {
+func (c *Container) status(t *Task, boot string) *wire.ContainerStatus {
 	st := &wire.ContainerStatus{
 		Name: c.Spec.GetName(), LastStatus: Pending, Attempt: uint32(c.Number),
 		Image: c.Spec.GetImage(), ImageDigest: c.Digest, RuntimeId: c.RuntimeID,
@@ -108,6 +112,10 @@ func (c *Container) status(t *Task) *wire.ContainerStatus {
 		st.Restarts = uint32(c.Number - 1)
 	}
 	switch {
+	case c.Phase == phaseUnknown && c.Started && c.BootID != boot:
+		// Its exit is not known yet, and may stay so while the runtime is
+		// away; that it no longer runs needs no runtime to tell.
+		st.LastStatus, st.Reason = Stopped, reasonRebooted
 	case c.Phase == phaseRunning, c.Phase == phaseUnknown && c.Started:
 		st.LastStatus = Running
 		st.Pid, st.Ip = uint32(c.PID), c.IP
@@ -131,6 +139,9 @@ func (c *Container) status(t *Task) *wire.ContainerStatus {
 	}
 	if c.failure != "" {
 		st.Reason = c.failure
+	}
+	for _, d := range c.Devices {
+		st.Devices = append(st.Devices, &wire.DeviceRef{Plugin: d.Plugin, Id: d.ID})
 	}
 	return st
 }
@@ -187,6 +198,9 @@ func (s *State) note(t *Task) string {
 			if n := c.note(t); n != "" {
 				notes = append(notes, c.Spec.GetName()+": "+n)
 			}
+		}
+		if t.awaited.text != "" {
+			notes = append(notes, t.awaited.text)
 		}
 	}
 	return strings.Join(notes, "; ")

@@ -32,6 +32,8 @@ type simContainer struct {
 	state sdk.State
 	code  *int
 	pid   int
+
+	devices []string
 }
 
 func newSimRuntime(j *simJournal) *simRuntime {
@@ -151,7 +153,7 @@ func (r *simRuntime) Start(_ context.Context, q sdk.StartRequest) (sdk.Container
 			r.violate("%s was started before it was on record", a)
 		}
 		r.pid++
-		r.containers[a] = &simContainer{state: sdk.StateRunning, pid: r.pid}
+		r.containers[a] = &simContainer{state: sdk.StateRunning, pid: r.pid, devices: r.given(a, q.Spec.Devices)}
 	}
 	if after != nil {
 		return sdk.Container{}, after

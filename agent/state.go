@@ -31,6 +31,9 @@ type State struct {
 	jitter       func() float64
 	journal      retry // of writing: failures > 0 means it does not work
 	unreported   []string
+
+	devices []PluginDevices // the latest inventory
+	began   time.Duration   // this life of the agent
 }
 
 // Limits are the agent's own bounds.
@@ -86,7 +89,7 @@ func newState(l Limits, bootID string, saved Saved, now time.Duration, jitter fu
 	s := &State{
 		Limits: l, BootID: bootID, Applied: saved.Applied, savedApplied: saved.Applied,
 		Runtimes: map[string]*runtimeState{}, Problems: saved.Problems,
-		trusted: len(saved.Problems) == 0, resync: len(saved.Problems) > 0, jitter: jitter,
+		began: now, trusted: len(saved.Problems) == 0, resync: len(saved.Problems) > 0, jitter: jitter,
 	}
 	for _, st := range saved.Tasks {
 		s.load(st, now)
@@ -117,6 +120,7 @@ func (s *State) load(saved SavedTask, now time.Duration) {
 		}
 		c.Image, c.Digest = r.Image, r.Digest
 		c.Number, c.BootID, c.HostPorts = r.Number, r.BootID, r.HostPorts
+		c.Devices = r.Devices
 		c.StartedAt, c.Started, c.RuntimeID = r.StartedAt, r.Started, r.RuntimeID
 		c.ExitCode, c.Reason, c.RanFor = r.ExitCode, r.Reason, r.RanFor
 		c.Rebooted, c.Removed = r.Rebooted, r.Removed
@@ -135,7 +139,12 @@ func newTask(a *wire.Assignment) *Task {
 		t.Spec = &wire.TaskSpec{}
 	}
 	for _, c := range t.Spec.GetContainers() {
-		t.Containers = append(t.Containers, &Container{Spec: c})
+		one := &Container{Spec: c}
+		var err error
+		if one.requests, err = deviceRequests(c); err != nil {
+			one.failure = "CannotStartContainerError: " + err.Error()
+		}
+		t.Containers = append(t.Containers, one)
 	}
 	return t
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/controlplane/wire/allot"
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
@@ -42,7 +43,8 @@ type Task struct {
 		desired *Desired
 		origin  string
 	}
-	report report
+	report  report
+	awaited damped // devices it waits for, as told
 }
 
 // stopping is why a task stops.
@@ -77,6 +79,7 @@ type Container struct {
 	Phase     phase
 	BootID    string
 	HostPorts []int
+	Devices   []DeviceRef
 	StartedAt time.Duration
 	Started   bool
 	RuntimeID string
@@ -99,6 +102,9 @@ type Container struct {
 	notBefore time.Duration // of the next attempt
 
 	health probe
+
+	requests    []allot.Request // of devices
+	deviceRetry retry           // of asking the plugins what its devices need
 
 	saved AttemptRecord
 }
@@ -197,7 +203,7 @@ func (c *Container) grace() time.Duration { return seconds(c.Spec.GetStopTimeout
 func (c *Container) record() AttemptRecord {
 	return AttemptRecord{
 		Container: c.Spec.GetName(), Number: c.Number, BootID: c.BootID,
-		Image: c.Image, Digest: c.Digest, HostPorts: c.HostPorts,
+		Image: c.Image, Digest: c.Digest, HostPorts: c.HostPorts, Devices: c.Devices,
 		StartedAt: c.StartedAt, Started: c.Started, RuntimeID: c.RuntimeID,
 		Exited: c.Phase == phaseExited, ExitCode: c.ExitCode, Reason: c.Reason,
 		RanFor: c.RanFor, Rebooted: c.Rebooted, Removed: c.Removed,
@@ -219,7 +225,7 @@ func sameAttempt(a, b AttemptRecord) bool {
 	if (a.ExitCode == nil) != (b.ExitCode == nil) || a.ExitCode != nil && *a.ExitCode != *b.ExitCode {
 		return false
 	}
-	return slices.Equal(a.HostPorts, b.HostPorts) &&
+	return slices.Equal(a.HostPorts, b.HostPorts) && slices.Equal(a.Devices, b.Devices) &&
 		a.Container == b.Container && a.Number == b.Number && a.BootID == b.BootID &&
 		a.Image == b.Image && a.Digest == b.Digest && a.StartedAt == b.StartedAt &&
 		a.Started == b.Started && a.RuntimeID == b.RuntimeID && a.Exited == b.Exited &&

@@ -54,6 +54,8 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 		}
 		if t.LastStatus == StatusStopped {
 			err = p.release(c, t)
+		} else {
+			err = p.chosen(c, t)
 		}
 		return c, struct{}{}, err
 	})
@@ -83,6 +85,21 @@ func (p *Plane) release(c *change, t Task) error {
 	}
 	b.V.Tasks = maps.Clone(b.V.Tasks)
 	delete(b.V.Tasks, t.ID)
+	c.compare(bindingsKey(t.Instance), b.Mod)
+	return c.put(bindingsKey(t.Instance), b.V)
+}
+
+// chosen binds the devices that the agent chose, so that placement, which
+// compares the bindings, counts with them.
+func (p *Plane) chosen(c *change, t Task) error {
+	var b entry[Bindings]
+	p.state.read(func(r *records, _ int64) { b = r.bindings[t.Instance] })
+	d, changed := b.V.Tasks[t.ID].choose(t.Containers)
+	if !changed {
+		return nil
+	}
+	b.V.Tasks = maps.Clone(b.V.Tasks)
+	b.V.Tasks[t.ID] = d
 	c.compare(bindingsKey(t.Instance), b.Mod)
 	return c.put(bindingsKey(t.Instance), b.V)
 }

@@ -21,6 +21,7 @@ type InstanceView struct {
 	LastSeen         time.Time // zero: not since this process started
 	Used             Demand    // by its tasks; ports include those the device reserves
 	Running, Pending int
+	Devices          []DeviceView // by plugin and id
 }
 
 // Remaining is the room left on it.
@@ -37,6 +38,7 @@ func used(i Instance, b Bindings) Demand {
 		d.MemoryMiB += t.MemoryMiB
 		d.Ports = append(d.Ports, t.Ports...)
 	}
+	d.Devices = b.devicesUsed()
 	slices.SortFunc(d.Ports, func(a, b PortKey) int {
 		if a.Port != b.Port {
 			return a.Port - b.Port
@@ -49,7 +51,7 @@ func used(i Instance, b Bindings) Demand {
 
 // view makes the view but for the session: no call out with records held.
 func (r *records) view(i Instance) InstanceView {
-	v := InstanceView{Instance: i, Used: used(i, r.bindings[i.ID].V)}
+	v := InstanceView{Instance: i, Used: used(i, r.bindings[i.ID].V), Devices: devicesOf(i, r.bindings[i.ID].V)}
 	for id := range r.onInstance[i.ID] {
 		running, pending := r.tasks[id].V.phase()
 		v.Running += running
@@ -160,7 +162,17 @@ func (h *Hello) bound() error {
 	for i := range h.Facts.Plugins {
 		h.Facts.Plugins[i].LastError = bounded(h.Facts.Plugins[i].LastError)
 	}
+	h.Capabilities = h.Capabilities[:min(len(h.Capabilities), maxCapabilities)]
+	for i := range h.Capabilities {
+		h.Capabilities[i] = bounded(h.Capabilities[i])
+	}
+	h.Facts.bound()
 	b, err := json.Marshal(h)
+	for err == nil && len(b) > maxReport && len(h.Facts.Devices) > 0 {
+		// An inventory that is too large costs its devices, not the session.
+		h.Facts.Devices = h.Facts.Devices[:len(h.Facts.Devices)/2]
+		b, err = json.Marshal(h)
+	}
 	if err != nil {
 		return fmt.Errorf("encoding what a device tells of itself: %w", err)
 	}
@@ -182,6 +194,7 @@ func (p *Plane) ReportFacts(ctx context.Context, instance string, h Hello) error
 		}
 		i := e.V
 		i.AgentVersion, i.Hostname, i.HashedMachineID, i.Facts = h.AgentVersion, h.Hostname, h.HashedMachineID, h.Facts
+		i.Capabilities = h.Capabilities
 		before, err := json.Marshal(e.V)
 		if err != nil {
 			return nil, struct{}{}, err
@@ -199,6 +212,9 @@ func (p *Plane) ReportFacts(ctx context.Context, instance string, h Hello) error
 	})
 	return err
 }
+
+// maxCapabilities bounds how many an agent may tell.
+const maxCapabilities = 64
 
 func (p *Plane) instance(id string) (e entry[Instance], err error) {
 	var ok bool

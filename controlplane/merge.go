@@ -134,6 +134,7 @@ func containerFrom(r *wire.ContainerStatus) ContainerStatus {
 	for _, p := range r.Ports {
 		c.Ports = append(c.Ports, PortBinding{Name: p.Name, Protocol: p.Protocol, ContainerPort: int(p.ContainerPort), HostPort: int(p.HostPort)})
 	}
+	c.Devices = chosenFrom(r.Devices)
 	if p := r.Pull; p != nil {
 		c.Pull = &PullProgress{Layers: int(p.Layers), LayersDone: int(p.LayersDone), Bytes: int64(p.Bytes), BytesDone: int64(p.BytesDone)}
 	}

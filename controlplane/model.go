@@ -49,6 +49,8 @@ type Instance struct {
 	RegisteredAt    time.Time         `json:"registeredAt"`
 	Attributes      map[string]string `json:"attributes,omitempty"` // set by activation or operator
 	Facts           Facts             `json:"facts"`                // told by the device
+	// Capabilities are what its agent can do beyond the first version.
+	Capabilities []string `json:"capabilities,omitempty"`
 }
 
 // Facts are what a device last told of itself, see wire.Facts.
@@ -58,6 +60,7 @@ type Facts struct {
 	MemoryMiB     int               `json:"memoryMiB"` // the agent's reserve subtracted
 	Plugins       []PluginInfo      `json:"plugins,omitempty"`
 	ReservedPorts []PortKey         `json:"reservedPorts,omitempty"`
+	Devices       []DeviceFact      `json:"devices,omitempty"`
 }
 
 // PluginInfo is a plugin on a device.
@@ -95,6 +98,8 @@ type Demand struct {
 	Runtime   string    `json:"runtime,omitempty"`
 	Network   string    `json:"network,omitempty"`
 	Arch      string    `json:"arch,omitempty"` // as GOARCH; empty: any
+	// Devices are what the containers ask for that ask for any.
+	Devices []DeviceDemand `json:"devices,omitempty"`
 }
 
 // TaskDefinitionRecord is one registered revision, immutable but for Status.
@@ -173,6 +178,7 @@ type ContainerStatus struct {
 	Ports       []PortBinding `json:"ports,omitempty"`
 	IP          string        `json:"ip,omitempty"`
 	Pull        *PullProgress `json:"pull,omitempty"`
+	Devices     []DeviceKey   `json:"devices,omitempty"` // chosen for the latest attempt
 }
 
 // PortBinding is a container port bound on the host.

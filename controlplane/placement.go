@@ -17,6 +17,8 @@ const (
 	ReasonCPU        = "RESOURCE:CPU"    //
 	ReasonMemory     = "RESOURCE:MEMORY" //
 	ReasonPorts      = "RESOURCE:PORTS"  //
+	ReasonGPU        = "RESOURCE:GPU"    // the task asks for GPUs and nothing else
+	ReasonDevices    = "RESOURCE:DEVICE" // accelerators, cameras and the like
 	ReasonMissing    = "MISSING"         // no instance at all
 )
 
@@ -25,7 +27,9 @@ type Candidate struct {
 	ID        string
 	Connected bool
 	Facts     Facts
-	Used      Demand // CPU, memory and ports taken
+	Used      Demand // CPU, memory, ports and devices taken
+
+	Capabilities []string // of its agent
 
 	// What placement constraints may ask for, besides Facts.
 	Attributes   map[string]string // set by activation or operator
@@ -70,6 +74,9 @@ type Placement struct {
 	Constraints []query.Expr
 	Count       int
 	Candidates  []Candidate // ACTIVE instances
+	// For telling why, where there are no candidates.
+	Cluster   string
+	Elsewhere []string // other clusters that have ACTIVE instances, in order
 }
 
 // PlacementFailure is why tasks were not placed on an instance.

@@ -86,6 +86,11 @@ func (p *Plane) SetTunnels(t Tunnels) { p.tunnels = t }
 func (p *Plane) Incarnation() string { return p.incarnation }
 
 func (p *Plane) initialise(ctx context.Context) error {
+	// Looked at first: a store that takes no write for now can still be read.
+	if kv, err := p.store.Get(ctx, incarnationKey); err != nil || len(kv.Value) > 0 {
+		p.incarnation = string(kv.Value)
+		return err
+	}
 	id, err := p.newID()
 	if err != nil {
 		return err

@@ -53,6 +53,7 @@ type Hello struct {
 	AgentVersion    string
 	Hostname        string
 	HashedMachineID string
+	Capabilities    []string
 	Facts           Facts
 }
 

@@ -115,14 +115,17 @@ func (p *Plane) place(n NewTasks) (*change, []Task, []PlacementFailure, error) {
 		return nil, nil, nil, err
 	}
 	demand := td.Demand()
-	want := Placement{Demand: demand, Count: n.Count}
+	want := Placement{Demand: demand, Count: n.Count, Cluster: n.Cluster}
 	if want.Constraints, err = td.Constraints(); err != nil {
 		return nil, nil, nil, err
+	}
+	if len(instances) == 0 {
+		want.Elsewhere = p.populated()
 	}
 	for id, e := range instances {
 		_, connected := p.tunnels.Session(id)
 		want.Candidates = append(want.Candidates, Candidate{
-			ID: id, Connected: connected, Facts: e.V.Facts, Used: used(e.V, bindings[id].V),
+			ID: id, Connected: connected, Facts: e.V.Facts, Used: used(e.V, bindings[id].V), Capabilities: e.V.Capabilities,
 			Attributes: e.V.Attributes, AgentVersion: e.V.AgentVersion, RegisteredAt: e.V.RegisteredAt, Running: running[id],
 		})
 	}
@@ -229,6 +232,19 @@ func (p *Plane) snapshot(n NewTasks) (instances map[string]entry[Instance], bind
 		}
 	})
 	return instances, bindings, running, err
+}
+
+// populated are the clusters that have ACTIVE instances, in order.
+func (p *Plane) populated() []string {
+	clusters := map[string]bool{}
+	p.state.read(func(r *records, _ int64) {
+		for _, e := range r.instances {
+			if e.V.Status == InstanceActive {
+				clusters[e.V.Cluster] = true
+			}
+		}
+	})
+	return slices.Sorted(maps.Keys(clusters))
 }
 
 // StopTask wishes a task stopped. The device does it; the answer does not

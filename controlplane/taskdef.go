@@ -39,9 +39,18 @@ type TaskExtension struct {
 	Runtime string `json:"runtime,omitzero"` // name of a runtime plugin
 }
 
-// ContainerExtension is the `belay` object of a container. It has no fields
-// yet; the names it will have are refused as reserved.
-type ContainerExtension struct{}
+// ContainerExtension is the `belay` object of a container.
+type ContainerExtension struct {
+	Devices []DeviceRequest `json:"devices,omitzero"`
+}
+
+// DeviceRequest asks for different devices of one kind, any of those for which
+// an expression of the query language holds. The agent chooses.
+type DeviceRequest struct {
+	Kind  string `json:"kind"`
+	Count int    `json:"count,omitzero"` // 0, not given: 1
+	Where string `json:"where,omitzero"`
+}
 
 // ContainerDefinition is one container of a task definition.
 type ContainerDefinition struct {

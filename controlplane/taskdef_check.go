@@ -2,6 +2,7 @@ package controlplane
 
 import (
 	"fmt"
+	"math"
 	"regexp"
 	"slices"
 	"strings"
@@ -253,7 +254,7 @@ func (c *taskDefinitionCheck) totals() {
 
 // addWithin adds sizes that may be nonsense without wrapping round.
 func addWithin(a, b int) int {
-	const most = 1 << 40
+	const most = math.MaxInt / 2
 	return min(a, most) + min(max(b, 0), most)
 }
 

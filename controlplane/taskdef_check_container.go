@@ -33,6 +33,7 @@ func (c *taskDefinitionCheck) container(at string, ct *ContainerDefinition) {
 	c.health(at, ct)
 	c.hosts(at, ct)
 	c.linux(at, ct)
+	c.devices(at, ct)
 	c.keptFields(at, ct)
 	c.intRange(at+".startTimeout", ct.StartTimeout, 1, maxTimeout)
 	c.intRange(at+".stopTimeout", ct.StopTimeout, 1, maxTimeout)

@@ -147,14 +147,6 @@ func (c *taskDefinitionCheck) keptFields(at string, ct *ContainerDefinition) {
 			c.required(path+".valueFrom", s.ValueFrom)
 		}
 	}
-	for i, r := range ct.ResourceRequirements {
-		path := fmt.Sprintf("%s.resourceRequirements[%d]", at, i)
-		c.required(path+".type", r.Type)
-		c.oneOf(path+".type", r.Type, "GPU", "InferenceAccelerator", "NeuronDevice")
-		if r.SharingStrategy == nil {
-			c.required(path+".value", r.Value)
-		}
-	}
 	for i, f := range ct.EnvironmentFiles {
 		path := fmt.Sprintf("%s.environmentFiles[%d]", at, i)
 		c.required(path+".value", f.Value)

@@ -60,7 +60,7 @@ const outputField = "is part of a described definition, set by the control plane
 
 // reservedNames will be fields of `belay` objects.
 var reservedNames = []string{
-	"devices", "disconnect", "placement", "identity", "secrets", "logging", "ingress", "update", "shell",
+	"disconnect", "placement", "identity", "secrets", "logging", "ingress", "update", "shell",
 }
 
 const sameAsParent = "as the object it is in"
@@ -184,8 +184,10 @@ func containerKeptFields() []FieldRule {
 	return slices.Concat(
 		kept("no log driver is used: the device keeps the output, read it with `belay logs`; awsfirelens is refused",
 			lc, lc+".logDriver", lc+".options", lc+".secretOptions", lc+".secretOptions[].name", lc+".secretOptions[].valueFrom"),
-		kept("no accelerator is given to the container",
-			rr, rr+"[].type", rr+"[].value", rr+"[].sharingStrategy", rr+"[].sharingStrategy.nvidiaMps",
+		honoured("the container gets devices of kind gpu; say more of them in its belay.devices", rr),
+		honoured("GPU; NeuronDevice is kept with a warning, InferenceAccelerator refused: it is no longer offered by anyone", rr+"[].type"),
+		honoured("", rr+"[].value"),
+		kept("a GPU is shared as its device plugin declares, without MPS", rr+"[].sharingStrategy", rr+"[].sharingStrategy.nvidiaMps",
 			rr+"[].sharingStrategy.nvidiaMps.memory", rr+"[].sharingStrategy.nvidiaMps.maxComputePercent"),
 		kept("the files are not fetched: their variables are missing in the container",
 			c+"environmentFiles", c+"environmentFiles[].type", c+"environmentFiles[].value"),

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"strconv"
 	"strings"
 
 	"maps"
@@ -66,6 +67,28 @@ func (c *ContainerDefinition) memoryDemand() int {
 	return value(c.Memory)
 }
 
+// deviceRequests are what the container asks for: ECS's GPUs first, then what
+// its belay object says.
+func (c *ContainerDefinition) deviceRequests() (out []DeviceRequest) {
+	for _, r := range c.ResourceRequirements {
+		if r.Type != "GPU" {
+			continue
+		}
+		n, err := strconv.Atoi(r.Value)
+		if err != nil {
+			n = 1 // a share of one, by ECS's sharing strategy
+		}
+		out = append(out, DeviceRequest{Kind: "gpu", Count: n})
+	}
+	if c.Belay != nil {
+		for _, r := range c.Belay.Devices {
+			r.Count = max(1, r.Count)
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
 // hostPort is the port of the host that a mapping takes for certain: the one
 // it names, or on the host's network the container's own.
 func (td *TaskDefinition) hostPort(m PortMapping) (PortKey, bool) {
@@ -90,6 +113,9 @@ func (td *TaskDefinition) Demand() Demand {
 	for _, c := range td.ContainerDefinitions {
 		d.CPU += value(c.CPU)
 		d.MemoryMiB += c.memoryDemand()
+		if requests := c.deviceRequests(); len(requests) > 0 {
+			d.Devices = append(d.Devices, DeviceDemand{Container: c.Name, Requests: requests})
+		}
 		for _, m := range c.PortMappings {
 			if key, fixed := td.hostPort(m); fixed {
 				d.Ports = append(d.Ports, key)
@@ -180,6 +206,9 @@ func (td *TaskDefinition) containerSpec(c *ContainerDefinition) *wire.Container 
 		out.Ports = append(out.Ports, &wire.PortMapping{
 			Name: m.Name, Protocol: m.protocol(), ContainerPort: uint32(*m.ContainerPort), HostPort: uint32(host.Port),
 		})
+	}
+	for _, r := range c.deviceRequests() {
+		out.DeviceRequests = append(out.DeviceRequests, &wire.DeviceRequest{Kind: r.Kind, Count: uint32(r.Count), Where: r.Where})
 	}
 	for _, m := range c.MountPoints {
 		out.Mounts = append(out.Mounts, &wire.Mount{Volume: m.SourceVolume, Target: m.ContainerPath, ReadOnly: isTrue(m.ReadOnly)})

@@ -90,7 +90,21 @@ func TestRules(t *testing.T) {
 		{"described", task(`"taskDefinitionArn":"x"`), "taskDefinitionArn: is part of a described definition"},
 		{"wrapped", `{"taskDefinition":{}}`, "pass what is inside it"},
 		{"reserved task field", task(`"belay":{"disconnect":{}}`), "belay.disconnect: is reserved for a later version"},
-		{"reserved container field", with(`"belay":{"devices":[]}`), "containerDefinitions[0].belay.devices: is reserved"},
+		{"reserved container field", with(`"belay":{"ingress":[]}`), "containerDefinitions[0].belay.ingress: is reserved"},
+		{"device kind", with(`"belay":{"devices":[{"kind":"GPU"}]}`), `containerDefinitions[0].belay.devices[0].kind: is "GPU"; it must be a kind of device`},
+		{"device without a kind", with(`"belay":{"devices":[{"count":1}]}`), "containerDefinitions[0].belay.devices[0].kind: is required"},
+		{"no devices", with(`"belay":{"devices":[{"kind":"gpu","count":0}]}`), "belay.devices[0].count: is 0; it must be from 1 to 16"},
+		{"too many devices", with(`"belay":{"devices":[{"kind":"gpu","count":17}]}`), "belay.devices[0].count: is 17; it must be from 1 to 16"},
+		{"device expression", with(`"belay":{"devices":[{"kind":"gpu","where":"attribute:memory_mib > "}]}`), `belay.devices[0].where: is "attribute:memory_mib > ": `},
+		{"device subject", with(`"belay":{"devices":[{"kind":"gpu","where":"agentVersion == 1"}]}`), `belay.devices[0].where: is "agentVersion == 1": `},
+		{"device field", with(`"belay":{"devices":[{"kind":"gpu","were":"x"}]}`), `belay.devices[0].were: unknown field: did you mean "where"?`},
+		{"too many device requests", with(`"resourceRequirements":[{"type":"GPU","value":"1"}],"belay":{"devices":[` + strings.Repeat(`{"kind":"gpu"},`, 7) + `{"kind":"gpu"}]}`),
+			"belay.devices: has 8 requests; a container may have at most 8"},
+		{"GPU count", with(`"resourceRequirements":[{"type":"GPU","value":"one"}]`), `resourceRequirements[0].value: is "one"; it must be a number of GPUs from 1 to 16`},
+		{"GPU count missing", with(`"resourceRequirements":[{"type":"GPU"}]`), `resourceRequirements[0].value: is required`},
+		{"GPU twice", with(`"resourceRequirements":[{"type":"GPU","value":"1"},{"type":"GPU","value":"1"}]`), `resourceRequirements[1].type: is "GPU", which an earlier requirement has`},
+		{"inference accelerator", with(`"resourceRequirements":[{"type":"InferenceAccelerator","value":"d"}]`), `resourceRequirements[0].type: is "InferenceAccelerator", which is refused`},
+		{"resource", with(`"resourceRequirements":[{"type":"FPGA","value":"1"}]`), `resourceRequirements[0].type: is "FPGA"; it must be GPU or NeuronDevice`},
 		{"unknown belay field", task(`"belay":{"Runtime":"x"}`), `did you mean "runtime"?`},
 		{"runtime name", task(`"belay":{"runtime":"../x"}`), "belay.runtime: is"},
 		{"family pattern", `{"family":"a/b","containerDefinitions":[{"name":"c","image":"i"}]}`, `family: is "a/b"; it must be 1 to 255`},
@@ -233,16 +247,39 @@ func TestWarningsNameTheConsequence(t *testing.T) {
 		"containerDefinitions":[{"name":"c","image":"i","versionConsistency":"enabled",
 			"environment":[{"name":"A","value":"1"},{"name":"A","value":"2"}],
 			"logConfiguration":{"logDriver":"awslogs","options":{"awslogs-group":"g"}},
-			"resourceRequirements":[{"type":"GPU","value":"1"}]}]}`)
+			"resourceRequirements":[{"type":"GPU","value":"1"},{"type":"NeuronDevice","value":"1"}]}]}`)
 	want := []string{
 		"taskRoleArn: kept, but has no effect: there are no cloud roles on a device: the containers get no credentials",
 		"containerDefinitions[0].logConfiguration: kept, but has no effect: no log driver is used: the device keeps the output, read it with `belay logs`; awsfirelens is refused",
-		"containerDefinitions[0].resourceRequirements: kept, but has no effect: no accelerator is given to the container",
 		"requiresCompatibilities: kept, but has no effect: tasks run on enrolled devices all the same",
 		`containerDefinitions[0].environment[1].name: "A" is given by environment[0] too: the last one counts`,
+		"containerDefinitions[0].resourceRequirements[1]: kept, but has no effect: no device plugin knows this sort of accelerator",
 	}
 	if diff := cmp.Diff(want, warnings); diff != "" {
 		t.Errorf("warnings (-want +got):\n%s", diff)
+	}
+}
+
+func TestDevicesAreAskedForInBothWords(t *testing.T) {
+	td, warnings := decode(t, `{"family":"f","containerDefinitions":[
+		{"name":"a","image":"i","resourceRequirements":[{"type":"GPU","value":"2"}],
+		 "belay":{"devices":[{"kind":"tpu"},{"kind":"camera","count":3,"where":"attribute:vendor == acme"}]}},
+		{"name":"b","image":"i"},
+		{"name":"c","image":"i","resourceRequirements":[{"type":"GPU","sharingStrategy":{"nvidiaMps":{"memory":1024}}}]}]}`)
+	want := []DeviceDemand{
+		{Container: "a", Requests: []DeviceRequest{{Kind: "gpu", Count: 2}, {Kind: "tpu", Count: 1}, {Kind: "camera", Count: 3, Where: "attribute:vendor == acme"}}},
+		{Container: "c", Requests: []DeviceRequest{{Kind: "gpu", Count: 1}}},
+	}
+	if diff := cmp.Diff(want, td.Demand().Devices); diff != "" {
+		t.Errorf("demand (-want +got):\n%s", diff)
+	}
+	spec := td.Spec()
+	got := spec.Containers[0].DeviceRequests
+	if len(got) != 3 || got[2].Kind != "camera" || got[2].Count != 3 || got[2].Where != "attribute:vendor == acme" || len(spec.Containers[1].DeviceRequests) != 0 {
+		t.Errorf("spec %v", got)
+	}
+	if len(warnings) != 1 || !strings.Contains(warnings[0], "without MPS") {
+		t.Errorf("warnings %q", warnings)
 	}
 }
 

@@ -56,6 +56,17 @@
 // An enrolment session has one stream: Open (CONTROL), EnrollRequest, then
 // EnrollResponse from the control plane, which closes the session.
 //
+// # Capabilities
+//
+// What an agent can do beyond version 1 it names in Hello, and a control plane
+// asks nothing of it that it did not name:
+//
+//   - devices: it tells its devices in Facts, chooses devices for the
+//     DeviceRequests of a task's containers, and tells the choice in their
+//     status. An agent without it would start the containers without devices,
+//     so it is sent no task with requests. However fast an inventory changes,
+//     it is the reason of one Facts in 3 s, and of ever fewer while it goes on.
+//
 // # Versions
 //
 // Version is one integer. Each side says its own, both then speak the lower.
@@ -71,6 +82,9 @@ import "time"
 // Version is the protocol version this build speaks. See the package comment
 // for what each one brought.
 const Version = 1
+
+// CapabilityDevices is the one of agents that give devices to containers.
+const CapabilityDevices = "devices"
 
 // ALPN names.
 const (

@@ -1006,6 +1006,8 @@ type Facts struct {
 	MemoryMib     uint64                 `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`                                                           // the agent's reserve subtracted
 	Plugins       []*PluginInfo          `protobuf:"bytes,4,rep,name=plugins,proto3" json:"plugins,omitempty"`
 	ReservedPorts []*Port                `protobuf:"bytes,5,rep,name=reserved_ports,json=reservedPorts,proto3" json:"reserved_ports,omitempty"` // host ports not to be handed out
+	// What device plugins found, from agents with the capability "devices".
+	Devices       []*DeviceFact `protobuf:"bytes,6,rep,name=devices,proto3" json:"devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1075,6 +1077,228 @@ func (x *Facts) GetReservedPorts() []*Port {
 	return nil
 }
 
+func (x *Facts) GetDevices() []*DeviceFact {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+// DeviceFact is one accelerator, camera, serial port or the like.
+type DeviceFact struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Plugin        string                 `protobuf:"bytes,1,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`          // unique within the plugin, the same across reboots
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`      // "gpu", "npu", "tpu", "camera", ...
+	Ready         bool                   `protobuf:"varint,4,opt,name=ready,proto3" json:"ready,omitempty"`   // a container could use it now
+	Health        string                 `protobuf:"bytes,5,opt,name=health,proto3" json:"health,omitempty"`  // "healthy", "unhealthy", "unknown"
+	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`  // why it is not ready or not healthy, for a person
+	Shares        uint32                 `protobuf:"varint,7,opt,name=shares,proto3" json:"shares,omitempty"` // how many containers may have it at a time; 0: 1
+	Attributes    map[string]string      `protobuf:"bytes,8,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceFact) Reset() {
+	*x = DeviceFact{}
+	mi := &file_wire_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceFact) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceFact) ProtoMessage() {}
+
+func (x *DeviceFact) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceFact.ProtoReflect.Descriptor instead.
+func (*DeviceFact) Descriptor() ([]byte, []int) {
+	return file_wire_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *DeviceFact) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *DeviceFact) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DeviceFact) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *DeviceFact) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *DeviceFact) GetHealth() string {
+	if x != nil {
+		return x.Health
+	}
+	return ""
+}
+
+func (x *DeviceFact) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DeviceFact) GetShares() uint32 {
+	if x != nil {
+		return x.Shares
+	}
+	return 0
+}
+
+func (x *DeviceFact) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+// DeviceRef names a device of an instance.
+type DeviceRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Plugin        string                 `protobuf:"bytes,1,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceRef) Reset() {
+	*x = DeviceRef{}
+	mi := &file_wire_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceRef) ProtoMessage() {}
+
+func (x *DeviceRef) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceRef.ProtoReflect.Descriptor instead.
+func (*DeviceRef) Descriptor() ([]byte, []int) {
+	return file_wire_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DeviceRef) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *DeviceRef) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+// DeviceRequest asks for devices of one kind. The agent chooses which.
+type DeviceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Count         uint32                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"` // different devices
+	Where         string                 `protobuf:"bytes,3,opt,name=where,proto3" json:"where,omitempty"`  // in the query language; empty: any
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceRequest) Reset() {
+	*x = DeviceRequest{}
+	mi := &file_wire_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceRequest) ProtoMessage() {}
+
+func (x *DeviceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceRequest.ProtoReflect.Descriptor instead.
+func (*DeviceRequest) Descriptor() ([]byte, []int) {
+	return file_wire_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *DeviceRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *DeviceRequest) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *DeviceRequest) GetWhere() string {
+	if x != nil {
+		return x.Where
+	}
+	return ""
+}
+
 type PluginInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1091,7 +1315,7 @@ type PluginInfo struct {
 
 func (x *PluginInfo) Reset() {
 	*x = PluginInfo{}
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1327,7 @@ func (x *PluginInfo) String() string {
 func (*PluginInfo) ProtoMessage() {}
 
 func (x *PluginInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1340,7 @@ func (x *PluginInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PluginInfo.ProtoReflect.Descriptor instead.
 func (*PluginInfo) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{9}
+	return file_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PluginInfo) GetName() string {
@@ -1185,7 +1409,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1421,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1434,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{10}
+	return file_wire_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Port) GetProtocol() string {
@@ -1243,7 +1467,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_wire_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1255,7 +1479,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_wire_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1268,7 +1492,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{11}
+	return file_wire_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Assignment) GetSequence() uint64 {
@@ -1330,7 +1554,7 @@ type Secrets struct {
 
 func (x *Secrets) Reset() {
 	*x = Secrets{}
-	mi := &file_wire_proto_msgTypes[12]
+	mi := &file_wire_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +1566,7 @@ func (x *Secrets) String() string {
 func (*Secrets) ProtoMessage() {}
 
 func (x *Secrets) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[12]
+	mi := &file_wire_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +1579,7 @@ func (x *Secrets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Secrets.ProtoReflect.Descriptor instead.
 func (*Secrets) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{12}
+	return file_wire_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Secrets) GetValues() map[string][]byte {
@@ -1375,7 +1599,7 @@ type EndOfSet struct {
 
 func (x *EndOfSet) Reset() {
 	*x = EndOfSet{}
-	mi := &file_wire_proto_msgTypes[13]
+	mi := &file_wire_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1387,7 +1611,7 @@ func (x *EndOfSet) String() string {
 func (*EndOfSet) ProtoMessage() {}
 
 func (x *EndOfSet) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[13]
+	mi := &file_wire_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1400,7 +1624,7 @@ func (x *EndOfSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndOfSet.ProtoReflect.Descriptor instead.
 func (*EndOfSet) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{13}
+	return file_wire_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *EndOfSet) GetSequence() uint64 {
@@ -1426,7 +1650,7 @@ type AssignmentAck struct {
 
 func (x *AssignmentAck) Reset() {
 	*x = AssignmentAck{}
-	mi := &file_wire_proto_msgTypes[14]
+	mi := &file_wire_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1438,7 +1662,7 @@ func (x *AssignmentAck) String() string {
 func (*AssignmentAck) ProtoMessage() {}
 
 func (x *AssignmentAck) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[14]
+	mi := &file_wire_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1451,7 +1675,7 @@ func (x *AssignmentAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentAck.ProtoReflect.Descriptor instead.
 func (*AssignmentAck) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{14}
+	return file_wire_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AssignmentAck) GetSequence() uint64 {
@@ -1484,7 +1708,7 @@ type TaskSpec struct {
 
 func (x *TaskSpec) Reset() {
 	*x = TaskSpec{}
-	mi := &file_wire_proto_msgTypes[15]
+	mi := &file_wire_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1720,7 @@ func (x *TaskSpec) String() string {
 func (*TaskSpec) ProtoMessage() {}
 
 func (x *TaskSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[15]
+	mi := &file_wire_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1733,7 @@ func (x *TaskSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskSpec.ProtoReflect.Descriptor instead.
 func (*TaskSpec) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{15}
+	return file_wire_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TaskSpec) GetFamily() string {
@@ -1627,7 +1851,7 @@ type Platform struct {
 
 func (x *Platform) Reset() {
 	*x = Platform{}
-	mi := &file_wire_proto_msgTypes[16]
+	mi := &file_wire_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1639,7 +1863,7 @@ func (x *Platform) String() string {
 func (*Platform) ProtoMessage() {}
 
 func (x *Platform) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[16]
+	mi := &file_wire_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1652,7 +1876,7 @@ func (x *Platform) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Platform.ProtoReflect.Descriptor instead.
 func (*Platform) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{16}
+	return file_wire_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Platform) GetOs() string {
@@ -1680,7 +1904,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_wire_proto_msgTypes[17]
+	mi := &file_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1692,7 +1916,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[17]
+	mi := &file_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1705,7 +1929,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{17}
+	return file_wire_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Volume) GetName() string {
@@ -1773,13 +1997,15 @@ type Container struct {
 	ShmMib               uint64                 `protobuf:"varint,40,opt,name=shm_mib,json=shmMib,proto3" json:"shm_mib,omitempty"`
 	MaxSwapMib           *int64                 `protobuf:"varint,41,opt,name=max_swap_mib,json=maxSwapMib,proto3,oneof" json:"max_swap_mib,omitempty"`
 	Swappiness           *uint32                `protobuf:"varint,42,opt,name=swappiness,proto3,oneof" json:"swappiness,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// Only for agents with the capability "devices".
+	DeviceRequests []*DeviceRequest `protobuf:"bytes,43,rep,name=device_requests,json=deviceRequests,proto3" json:"device_requests,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_wire_proto_msgTypes[18]
+	mi := &file_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1791,7 +2017,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[18]
+	mi := &file_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1804,7 +2030,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{18}
+	return file_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Container) GetName() string {
@@ -2101,6 +2327,13 @@ func (x *Container) GetSwappiness() uint32 {
 	return 0
 }
 
+func (x *Container) GetDeviceRequests() []*DeviceRequest {
+	if x != nil {
+		return x.DeviceRequests
+	}
+	return nil
+}
+
 type KeyValue struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2111,7 +2344,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_wire_proto_msgTypes[19]
+	mi := &file_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2356,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[19]
+	mi := &file_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2369,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{19}
+	return file_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *KeyValue) GetName() string {
@@ -2165,7 +2398,7 @@ type PortMapping struct {
 
 func (x *PortMapping) Reset() {
 	*x = PortMapping{}
-	mi := &file_wire_proto_msgTypes[20]
+	mi := &file_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2177,7 +2410,7 @@ func (x *PortMapping) String() string {
 func (*PortMapping) ProtoMessage() {}
 
 func (x *PortMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[20]
+	mi := &file_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2190,7 +2423,7 @@ func (x *PortMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PortMapping.ProtoReflect.Descriptor instead.
 func (*PortMapping) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{20}
+	return file_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PortMapping) GetName() string {
@@ -2232,7 +2465,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_wire_proto_msgTypes[21]
+	mi := &file_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2244,7 +2477,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[21]
+	mi := &file_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2257,7 +2490,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{21}
+	return file_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Mount) GetVolume() string {
@@ -2291,7 +2524,7 @@ type VolumeFrom struct {
 
 func (x *VolumeFrom) Reset() {
 	*x = VolumeFrom{}
-	mi := &file_wire_proto_msgTypes[22]
+	mi := &file_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2303,7 +2536,7 @@ func (x *VolumeFrom) String() string {
 func (*VolumeFrom) ProtoMessage() {}
 
 func (x *VolumeFrom) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[22]
+	mi := &file_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2316,7 +2549,7 @@ func (x *VolumeFrom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeFrom.ProtoReflect.Descriptor instead.
 func (*VolumeFrom) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{22}
+	return file_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *VolumeFrom) GetContainer() string {
@@ -2343,7 +2576,7 @@ type Dependency struct {
 
 func (x *Dependency) Reset() {
 	*x = Dependency{}
-	mi := &file_wire_proto_msgTypes[23]
+	mi := &file_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2355,7 +2588,7 @@ func (x *Dependency) String() string {
 func (*Dependency) ProtoMessage() {}
 
 func (x *Dependency) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[23]
+	mi := &file_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2368,7 +2601,7 @@ func (x *Dependency) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Dependency.ProtoReflect.Descriptor instead.
 func (*Dependency) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{23}
+	return file_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Dependency) GetContainer() string {
@@ -2398,7 +2631,7 @@ type HealthCheck struct {
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_wire_proto_msgTypes[24]
+	mi := &file_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2410,7 +2643,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[24]
+	mi := &file_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2423,7 +2656,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{24}
+	return file_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *HealthCheck) GetCommand() []string {
@@ -2472,7 +2705,7 @@ type RestartPolicy struct {
 
 func (x *RestartPolicy) Reset() {
 	*x = RestartPolicy{}
-	mi := &file_wire_proto_msgTypes[25]
+	mi := &file_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2717,7 @@ func (x *RestartPolicy) String() string {
 func (*RestartPolicy) ProtoMessage() {}
 
 func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[25]
+	mi := &file_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +2730,7 @@ func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPolicy.ProtoReflect.Descriptor instead.
 func (*RestartPolicy) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{25}
+	return file_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RestartPolicy) GetEnabled() bool {
@@ -2532,7 +2765,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_wire_proto_msgTypes[26]
+	mi := &file_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2544,7 +2777,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[26]
+	mi := &file_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2557,7 +2790,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{26}
+	return file_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Device) GetHostPath() string {
@@ -2592,7 +2825,7 @@ type Ulimit struct {
 
 func (x *Ulimit) Reset() {
 	*x = Ulimit{}
-	mi := &file_wire_proto_msgTypes[27]
+	mi := &file_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2604,7 +2837,7 @@ func (x *Ulimit) String() string {
 func (*Ulimit) ProtoMessage() {}
 
 func (x *Ulimit) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[27]
+	mi := &file_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2617,7 +2850,7 @@ func (x *Ulimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ulimit.ProtoReflect.Descriptor instead.
 func (*Ulimit) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{27}
+	return file_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Ulimit) GetName() string {
@@ -2652,7 +2885,7 @@ type Tmpfs struct {
 
 func (x *Tmpfs) Reset() {
 	*x = Tmpfs{}
-	mi := &file_wire_proto_msgTypes[28]
+	mi := &file_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2664,7 +2897,7 @@ func (x *Tmpfs) String() string {
 func (*Tmpfs) ProtoMessage() {}
 
 func (x *Tmpfs) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[28]
+	mi := &file_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2677,7 +2910,7 @@ func (x *Tmpfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tmpfs.ProtoReflect.Descriptor instead.
 func (*Tmpfs) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{28}
+	return file_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Tmpfs) GetTarget() string {
@@ -2711,7 +2944,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_wire_proto_msgTypes[29]
+	mi := &file_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2723,7 +2956,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[29]
+	mi := &file_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2736,7 +2969,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{29}
+	return file_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Host) GetName() string {
@@ -2772,7 +3005,7 @@ type TaskStatus struct {
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_wire_proto_msgTypes[30]
+	mi := &file_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2784,7 +3017,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[30]
+	mi := &file_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2797,7 +3030,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{30}
+	return file_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *TaskStatus) GetSequence() uint64 {
@@ -2879,13 +3112,14 @@ type ContainerStatus struct {
 	Ip            string                 `protobuf:"bytes,12,opt,name=ip,proto3" json:"ip,omitempty"`
 	Pull          *PullProgress          `protobuf:"bytes,13,opt,name=pull,proto3" json:"pull,omitempty"`
 	Restarts      uint32                 `protobuf:"varint,14,opt,name=restarts,proto3" json:"restarts,omitempty"`
+	Devices       []*DeviceRef           `protobuf:"bytes,15,rep,name=devices,proto3" json:"devices,omitempty"` // chosen for this attempt
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerStatus) Reset() {
 	*x = ContainerStatus{}
-	mi := &file_wire_proto_msgTypes[31]
+	mi := &file_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +3131,7 @@ func (x *ContainerStatus) String() string {
 func (*ContainerStatus) ProtoMessage() {}
 
 func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[31]
+	mi := &file_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +3144,7 @@ func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatus.ProtoReflect.Descriptor instead.
 func (*ContainerStatus) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{31}
+	return file_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ContainerStatus) GetName() string {
@@ -3011,6 +3245,13 @@ func (x *ContainerStatus) GetRestarts() uint32 {
 	return 0
 }
 
+func (x *ContainerStatus) GetDevices() []*DeviceRef {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
 type PullProgress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Layers        uint64                 `protobuf:"varint,1,opt,name=layers,proto3" json:"layers,omitempty"`
@@ -3023,7 +3264,7 @@ type PullProgress struct {
 
 func (x *PullProgress) Reset() {
 	*x = PullProgress{}
-	mi := &file_wire_proto_msgTypes[32]
+	mi := &file_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3035,7 +3276,7 @@ func (x *PullProgress) String() string {
 func (*PullProgress) ProtoMessage() {}
 
 func (x *PullProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[32]
+	mi := &file_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3048,7 +3289,7 @@ func (x *PullProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullProgress.ProtoReflect.Descriptor instead.
 func (*PullProgress) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{32}
+	return file_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PullProgress) GetLayers() uint64 {
@@ -3088,7 +3329,7 @@ type StatusAck struct {
 
 func (x *StatusAck) Reset() {
 	*x = StatusAck{}
-	mi := &file_wire_proto_msgTypes[33]
+	mi := &file_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3100,7 +3341,7 @@ func (x *StatusAck) String() string {
 func (*StatusAck) ProtoMessage() {}
 
 func (x *StatusAck) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[33]
+	mi := &file_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3113,7 +3354,7 @@ func (x *StatusAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusAck.ProtoReflect.Descriptor instead.
 func (*StatusAck) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{33}
+	return file_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StatusAck) GetSequence() uint64 {
@@ -3132,7 +3373,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_wire_proto_msgTypes[34]
+	mi := &file_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3144,7 +3385,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[34]
+	mi := &file_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3157,7 +3398,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{34}
+	return file_wire_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Goodbye) GetFailure() *Failure {
@@ -3176,7 +3417,7 @@ type Ping struct {
 
 func (x *Ping) Reset() {
 	*x = Ping{}
-	mi := &file_wire_proto_msgTypes[35]
+	mi := &file_wire_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +3429,7 @@ func (x *Ping) String() string {
 func (*Ping) ProtoMessage() {}
 
 func (x *Ping) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[35]
+	mi := &file_wire_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +3442,7 @@ func (x *Ping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ping.ProtoReflect.Descriptor instead.
 func (*Ping) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{35}
+	return file_wire_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Ping) GetId() uint64 {
@@ -3220,7 +3461,7 @@ type Pong struct {
 
 func (x *Pong) Reset() {
 	*x = Pong{}
-	mi := &file_wire_proto_msgTypes[36]
+	mi := &file_wire_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3232,7 +3473,7 @@ func (x *Pong) String() string {
 func (*Pong) ProtoMessage() {}
 
 func (x *Pong) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[36]
+	mi := &file_wire_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3245,7 +3486,7 @@ func (x *Pong) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pong.ProtoReflect.Descriptor instead.
 func (*Pong) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{36}
+	return file_wire_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Pong) GetId() uint64 {
@@ -3269,7 +3510,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_wire_proto_msgTypes[37]
+	mi := &file_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3281,7 +3522,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[37]
+	mi := &file_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3294,7 +3535,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{37}
+	return file_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Request) GetBody() isRequest_Body {
@@ -3335,7 +3576,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_wire_proto_msgTypes[38]
+	mi := &file_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3347,7 +3588,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[38]
+	mi := &file_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3360,7 +3601,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{38}
+	return file_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *LogsRequest) GetTaskId() string {
@@ -3399,7 +3640,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_wire_proto_msgTypes[39]
+	mi := &file_wire_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3411,7 +3652,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[39]
+	mi := &file_wire_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3424,7 +3665,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{39}
+	return file_wire_proto_rawDescGZIP(), []int{42}
 }
 
 type Chunk struct {
@@ -3437,7 +3678,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_wire_proto_msgTypes[40]
+	mi := &file_wire_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3449,7 +3690,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[40]
+	mi := &file_wire_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3462,7 +3703,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{40}
+	return file_wire_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Chunk) GetStream() string {
@@ -3488,7 +3729,7 @@ type Done struct {
 
 func (x *Done) Reset() {
 	*x = Done{}
-	mi := &file_wire_proto_msgTypes[41]
+	mi := &file_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3500,7 +3741,7 @@ func (x *Done) String() string {
 func (*Done) ProtoMessage() {}
 
 func (x *Done) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[41]
+	mi := &file_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3513,7 +3754,7 @@ func (x *Done) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Done.ProtoReflect.Descriptor instead.
 func (*Done) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{41}
+	return file_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Done) GetFailure() *Failure {
@@ -3606,7 +3847,7 @@ const file_wire_proto_rawDesc = "" +
 	"\taddresses\x18\x05 \x03(\tR\taddresses\x12\"\n" +
 	"\fcapabilities\x18\x06 \x03(\tR\fcapabilities\x12\x12\n" +
 	"\x04full\x18\a \x01(\bR\x04full\x12%\n" +
-	"\x03now\x18\b \x01(\v2\x13.belay.wire.v1.WhenR\x03now\"\xae\x02\n" +
+	"\x03now\x18\b \x01(\v2\x13.belay.wire.v1.WhenR\x03now\"\xe3\x02\n" +
 	"\x05Facts\x12D\n" +
 	"\n" +
 	"attributes\x18\x01 \x03(\v2$.belay.wire.v1.Facts.AttributesEntryR\n" +
@@ -3615,10 +3856,33 @@ const file_wire_proto_rawDesc = "" +
 	"\n" +
 	"memory_mib\x18\x03 \x01(\x04R\tmemoryMib\x123\n" +
 	"\aplugins\x18\x04 \x03(\v2\x19.belay.wire.v1.PluginInfoR\aplugins\x12:\n" +
-	"\x0ereserved_ports\x18\x05 \x03(\v2\x13.belay.wire.v1.PortR\rreservedPorts\x1a=\n" +
+	"\x0ereserved_ports\x18\x05 \x03(\v2\x13.belay.wire.v1.PortR\rreservedPorts\x123\n" +
+	"\adevices\x18\x06 \x03(\v2\x19.belay.wire.v1.DeviceFactR\adevices\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd9\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb0\x02\n" +
+	"\n" +
+	"DeviceFact\x12\x16\n" +
+	"\x06plugin\x18\x01 \x01(\tR\x06plugin\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05ready\x18\x04 \x01(\bR\x05ready\x12\x16\n" +
+	"\x06health\x18\x05 \x01(\tR\x06health\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06shares\x18\a \x01(\rR\x06shares\x12I\n" +
+	"\n" +
+	"attributes\x18\b \x03(\v2).belay.wire.v1.DeviceFact.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"3\n" +
+	"\tDeviceRef\x12\x16\n" +
+	"\x06plugin\x18\x01 \x01(\tR\x06plugin\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"O\n" +
+	"\rDeviceRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\rR\x05count\x12\x14\n" +
+	"\x05where\x18\x03 \x01(\tR\x05where\"\xd9\x01\n" +
 	"\n" +
 	"PluginInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
@@ -3682,7 +3946,7 @@ const file_wire_proto_rawDesc = "" +
 	"\x06Volume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\thost_path\x18\x02 \x01(\tR\bhostPath\x12\x16\n" +
-	"\x06shared\x18\x03 \x01(\bR\x06shared\"\xb7\r\n" +
+	"\x06shared\x18\x03 \x01(\bR\x06shared\"\xfe\r\n" +
 	"\tContainer\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x1c\n" +
@@ -3738,7 +4002,8 @@ const file_wire_proto_rawDesc = "" +
 	"maxSwapMib\x88\x01\x01\x12#\n" +
 	"\n" +
 	"swappiness\x18* \x01(\rH\x01R\n" +
-	"swappiness\x88\x01\x01B\x0f\n" +
+	"swappiness\x88\x01\x01\x12E\n" +
+	"\x0fdevice_requests\x18+ \x03(\v2\x1c.belay.wire.v1.DeviceRequestR\x0edeviceRequestsB\x0f\n" +
 	"\r_max_swap_mibB\r\n" +
 	"\v_swappiness\"4\n" +
 	"\bKeyValue\x12\x12\n" +
@@ -3800,7 +4065,7 @@ const file_wire_proto_rawDesc = "" +
 	"containers\x18\a \x03(\v2\x1e.belay.wire.v1.ContainerStatusR\n" +
 	"containers\x12#\n" +
 	"\x02at\x18\b \x01(\v2\x13.belay.wire.v1.WhenR\x02at\x12\x12\n" +
-	"\x04note\x18\t \x01(\tR\x04note\"\xb9\x03\n" +
+	"\x04note\x18\t \x01(\tR\x04note\"\xed\x03\n" +
 	"\x0fContainerStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
 	"\vlast_status\x18\x02 \x01(\tR\n" +
@@ -3818,7 +4083,8 @@ const file_wire_proto_rawDesc = "" +
 	"\x05ports\x18\v \x03(\v2\x1a.belay.wire.v1.PortMappingR\x05ports\x12\x0e\n" +
 	"\x02ip\x18\f \x01(\tR\x02ip\x12/\n" +
 	"\x04pull\x18\r \x01(\v2\x1b.belay.wire.v1.PullProgressR\x04pull\x12\x1a\n" +
-	"\brestarts\x18\x0e \x01(\rR\brestartsB\f\n" +
+	"\brestarts\x18\x0e \x01(\rR\brestarts\x122\n" +
+	"\adevices\x18\x0f \x03(\v2\x18.belay.wire.v1.DeviceRefR\adevicesB\f\n" +
 	"\n" +
 	"_exit_code\"|\n" +
 	"\fPullProgress\x12\x16\n" +
@@ -3872,7 +4138,7 @@ func file_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_wire_proto_goTypes = []any{
 	(StreamType)(0),         // 0: belay.wire.v1.StreamType
 	(*Frame)(nil),           // 1: belay.wire.v1.Frame
@@ -3884,42 +4150,46 @@ var file_wire_proto_goTypes = []any{
 	(*Hello)(nil),           // 7: belay.wire.v1.Hello
 	(*Welcome)(nil),         // 8: belay.wire.v1.Welcome
 	(*Facts)(nil),           // 9: belay.wire.v1.Facts
-	(*PluginInfo)(nil),      // 10: belay.wire.v1.PluginInfo
-	(*Port)(nil),            // 11: belay.wire.v1.Port
-	(*Assignment)(nil),      // 12: belay.wire.v1.Assignment
-	(*Secrets)(nil),         // 13: belay.wire.v1.Secrets
-	(*EndOfSet)(nil),        // 14: belay.wire.v1.EndOfSet
-	(*AssignmentAck)(nil),   // 15: belay.wire.v1.AssignmentAck
-	(*TaskSpec)(nil),        // 16: belay.wire.v1.TaskSpec
-	(*Platform)(nil),        // 17: belay.wire.v1.Platform
-	(*Volume)(nil),          // 18: belay.wire.v1.Volume
-	(*Container)(nil),       // 19: belay.wire.v1.Container
-	(*KeyValue)(nil),        // 20: belay.wire.v1.KeyValue
-	(*PortMapping)(nil),     // 21: belay.wire.v1.PortMapping
-	(*Mount)(nil),           // 22: belay.wire.v1.Mount
-	(*VolumeFrom)(nil),      // 23: belay.wire.v1.VolumeFrom
-	(*Dependency)(nil),      // 24: belay.wire.v1.Dependency
-	(*HealthCheck)(nil),     // 25: belay.wire.v1.HealthCheck
-	(*RestartPolicy)(nil),   // 26: belay.wire.v1.RestartPolicy
-	(*Device)(nil),          // 27: belay.wire.v1.Device
-	(*Ulimit)(nil),          // 28: belay.wire.v1.Ulimit
-	(*Tmpfs)(nil),           // 29: belay.wire.v1.Tmpfs
-	(*Host)(nil),            // 30: belay.wire.v1.Host
-	(*TaskStatus)(nil),      // 31: belay.wire.v1.TaskStatus
-	(*ContainerStatus)(nil), // 32: belay.wire.v1.ContainerStatus
-	(*PullProgress)(nil),    // 33: belay.wire.v1.PullProgress
-	(*StatusAck)(nil),       // 34: belay.wire.v1.StatusAck
-	(*Goodbye)(nil),         // 35: belay.wire.v1.Goodbye
-	(*Ping)(nil),            // 36: belay.wire.v1.Ping
-	(*Pong)(nil),            // 37: belay.wire.v1.Pong
-	(*Request)(nil),         // 38: belay.wire.v1.Request
-	(*LogsRequest)(nil),     // 39: belay.wire.v1.LogsRequest
-	(*Reply)(nil),           // 40: belay.wire.v1.Reply
-	(*Chunk)(nil),           // 41: belay.wire.v1.Chunk
-	(*Done)(nil),            // 42: belay.wire.v1.Done
-	nil,                     // 43: belay.wire.v1.Facts.AttributesEntry
-	nil,                     // 44: belay.wire.v1.Secrets.ValuesEntry
-	nil,                     // 45: belay.wire.v1.TaskSpec.TagsEntry
+	(*DeviceFact)(nil),      // 10: belay.wire.v1.DeviceFact
+	(*DeviceRef)(nil),       // 11: belay.wire.v1.DeviceRef
+	(*DeviceRequest)(nil),   // 12: belay.wire.v1.DeviceRequest
+	(*PluginInfo)(nil),      // 13: belay.wire.v1.PluginInfo
+	(*Port)(nil),            // 14: belay.wire.v1.Port
+	(*Assignment)(nil),      // 15: belay.wire.v1.Assignment
+	(*Secrets)(nil),         // 16: belay.wire.v1.Secrets
+	(*EndOfSet)(nil),        // 17: belay.wire.v1.EndOfSet
+	(*AssignmentAck)(nil),   // 18: belay.wire.v1.AssignmentAck
+	(*TaskSpec)(nil),        // 19: belay.wire.v1.TaskSpec
+	(*Platform)(nil),        // 20: belay.wire.v1.Platform
+	(*Volume)(nil),          // 21: belay.wire.v1.Volume
+	(*Container)(nil),       // 22: belay.wire.v1.Container
+	(*KeyValue)(nil),        // 23: belay.wire.v1.KeyValue
+	(*PortMapping)(nil),     // 24: belay.wire.v1.PortMapping
+	(*Mount)(nil),           // 25: belay.wire.v1.Mount
+	(*VolumeFrom)(nil),      // 26: belay.wire.v1.VolumeFrom
+	(*Dependency)(nil),      // 27: belay.wire.v1.Dependency
+	(*HealthCheck)(nil),     // 28: belay.wire.v1.HealthCheck
+	(*RestartPolicy)(nil),   // 29: belay.wire.v1.RestartPolicy
+	(*Device)(nil),          // 30: belay.wire.v1.Device
+	(*Ulimit)(nil),          // 31: belay.wire.v1.Ulimit
+	(*Tmpfs)(nil),           // 32: belay.wire.v1.Tmpfs
+	(*Host)(nil),            // 33: belay.wire.v1.Host
+	(*TaskStatus)(nil),      // 34: belay.wire.v1.TaskStatus
+	(*ContainerStatus)(nil), // 35: belay.wire.v1.ContainerStatus
+	(*PullProgress)(nil),    // 36: belay.wire.v1.PullProgress
+	(*StatusAck)(nil),       // 37: belay.wire.v1.StatusAck
+	(*Goodbye)(nil),         // 38: belay.wire.v1.Goodbye
+	(*Ping)(nil),            // 39: belay.wire.v1.Ping
+	(*Pong)(nil),            // 40: belay.wire.v1.Pong
+	(*Request)(nil),         // 41: belay.wire.v1.Request
+	(*LogsRequest)(nil),     // 42: belay.wire.v1.LogsRequest
+	(*Reply)(nil),           // 43: belay.wire.v1.Reply
+	(*Chunk)(nil),           // 44: belay.wire.v1.Chunk
+	(*Done)(nil),            // 45: belay.wire.v1.Done
+	nil,                     // 46: belay.wire.v1.Facts.AttributesEntry
+	nil,                     // 47: belay.wire.v1.DeviceFact.AttributesEntry
+	nil,                     // 48: belay.wire.v1.Secrets.ValuesEntry
+	nil,                     // 49: belay.wire.v1.TaskSpec.TagsEntry
 }
 var file_wire_proto_depIdxs = []int32{
 	2,  // 0: belay.wire.v1.Frame.open:type_name -> belay.wire.v1.Open
@@ -3927,19 +4197,19 @@ var file_wire_proto_depIdxs = []int32{
 	5,  // 2: belay.wire.v1.Frame.enroll_response:type_name -> belay.wire.v1.EnrollResponse
 	7,  // 3: belay.wire.v1.Frame.hello:type_name -> belay.wire.v1.Hello
 	9,  // 4: belay.wire.v1.Frame.facts:type_name -> belay.wire.v1.Facts
-	31, // 5: belay.wire.v1.Frame.task_status:type_name -> belay.wire.v1.TaskStatus
-	15, // 6: belay.wire.v1.Frame.assignment_ack:type_name -> belay.wire.v1.AssignmentAck
-	36, // 7: belay.wire.v1.Frame.ping:type_name -> belay.wire.v1.Ping
+	34, // 5: belay.wire.v1.Frame.task_status:type_name -> belay.wire.v1.TaskStatus
+	18, // 6: belay.wire.v1.Frame.assignment_ack:type_name -> belay.wire.v1.AssignmentAck
+	39, // 7: belay.wire.v1.Frame.ping:type_name -> belay.wire.v1.Ping
 	8,  // 8: belay.wire.v1.Frame.welcome:type_name -> belay.wire.v1.Welcome
-	12, // 9: belay.wire.v1.Frame.assignment:type_name -> belay.wire.v1.Assignment
-	14, // 10: belay.wire.v1.Frame.end_of_set:type_name -> belay.wire.v1.EndOfSet
-	34, // 11: belay.wire.v1.Frame.status_ack:type_name -> belay.wire.v1.StatusAck
-	35, // 12: belay.wire.v1.Frame.goodbye:type_name -> belay.wire.v1.Goodbye
-	37, // 13: belay.wire.v1.Frame.pong:type_name -> belay.wire.v1.Pong
-	38, // 14: belay.wire.v1.Frame.request:type_name -> belay.wire.v1.Request
-	40, // 15: belay.wire.v1.Frame.reply:type_name -> belay.wire.v1.Reply
-	41, // 16: belay.wire.v1.Frame.chunk:type_name -> belay.wire.v1.Chunk
-	42, // 17: belay.wire.v1.Frame.done:type_name -> belay.wire.v1.Done
+	15, // 9: belay.wire.v1.Frame.assignment:type_name -> belay.wire.v1.Assignment
+	17, // 10: belay.wire.v1.Frame.end_of_set:type_name -> belay.wire.v1.EndOfSet
+	37, // 11: belay.wire.v1.Frame.status_ack:type_name -> belay.wire.v1.StatusAck
+	38, // 12: belay.wire.v1.Frame.goodbye:type_name -> belay.wire.v1.Goodbye
+	40, // 13: belay.wire.v1.Frame.pong:type_name -> belay.wire.v1.Pong
+	41, // 14: belay.wire.v1.Frame.request:type_name -> belay.wire.v1.Request
+	43, // 15: belay.wire.v1.Frame.reply:type_name -> belay.wire.v1.Reply
+	44, // 16: belay.wire.v1.Frame.chunk:type_name -> belay.wire.v1.Chunk
+	45, // 17: belay.wire.v1.Frame.done:type_name -> belay.wire.v1.Done
 	0,  // 18: belay.wire.v1.Open.type:type_name -> belay.wire.v1.StreamType
 	9,  // 19: belay.wire.v1.EnrollRequest.facts:type_name -> belay.wire.v1.Facts
 	3,  // 20: belay.wire.v1.EnrollResponse.failure:type_name -> belay.wire.v1.Failure
@@ -3947,41 +4217,45 @@ var file_wire_proto_depIdxs = []int32{
 	6,  // 22: belay.wire.v1.Hello.now:type_name -> belay.wire.v1.When
 	3,  // 23: belay.wire.v1.Welcome.failure:type_name -> belay.wire.v1.Failure
 	6,  // 24: belay.wire.v1.Welcome.now:type_name -> belay.wire.v1.When
-	43, // 25: belay.wire.v1.Facts.attributes:type_name -> belay.wire.v1.Facts.AttributesEntry
-	10, // 26: belay.wire.v1.Facts.plugins:type_name -> belay.wire.v1.PluginInfo
-	11, // 27: belay.wire.v1.Facts.reserved_ports:type_name -> belay.wire.v1.Port
-	16, // 28: belay.wire.v1.Assignment.spec:type_name -> belay.wire.v1.TaskSpec
-	13, // 29: belay.wire.v1.Assignment.secrets:type_name -> belay.wire.v1.Secrets
-	44, // 30: belay.wire.v1.Secrets.values:type_name -> belay.wire.v1.Secrets.ValuesEntry
-	19, // 31: belay.wire.v1.TaskSpec.containers:type_name -> belay.wire.v1.Container
-	18, // 32: belay.wire.v1.TaskSpec.volumes:type_name -> belay.wire.v1.Volume
-	17, // 33: belay.wire.v1.TaskSpec.platform:type_name -> belay.wire.v1.Platform
-	45, // 34: belay.wire.v1.TaskSpec.tags:type_name -> belay.wire.v1.TaskSpec.TagsEntry
-	20, // 35: belay.wire.v1.Container.environment:type_name -> belay.wire.v1.KeyValue
-	21, // 36: belay.wire.v1.Container.ports:type_name -> belay.wire.v1.PortMapping
-	22, // 37: belay.wire.v1.Container.mounts:type_name -> belay.wire.v1.Mount
-	23, // 38: belay.wire.v1.Container.volumes_from:type_name -> belay.wire.v1.VolumeFrom
-	24, // 39: belay.wire.v1.Container.depends_on:type_name -> belay.wire.v1.Dependency
-	25, // 40: belay.wire.v1.Container.health_check:type_name -> belay.wire.v1.HealthCheck
-	26, // 41: belay.wire.v1.Container.restart_policy:type_name -> belay.wire.v1.RestartPolicy
-	27, // 42: belay.wire.v1.Container.devices:type_name -> belay.wire.v1.Device
-	28, // 43: belay.wire.v1.Container.ulimits:type_name -> belay.wire.v1.Ulimit
-	29, // 44: belay.wire.v1.Container.tmpfs:type_name -> belay.wire.v1.Tmpfs
-	20, // 45: belay.wire.v1.Container.sysctls:type_name -> belay.wire.v1.KeyValue
-	20, // 46: belay.wire.v1.Container.labels:type_name -> belay.wire.v1.KeyValue
-	30, // 47: belay.wire.v1.Container.extra_hosts:type_name -> belay.wire.v1.Host
-	32, // 48: belay.wire.v1.TaskStatus.containers:type_name -> belay.wire.v1.ContainerStatus
-	6,  // 49: belay.wire.v1.TaskStatus.at:type_name -> belay.wire.v1.When
-	21, // 50: belay.wire.v1.ContainerStatus.ports:type_name -> belay.wire.v1.PortMapping
-	33, // 51: belay.wire.v1.ContainerStatus.pull:type_name -> belay.wire.v1.PullProgress
-	3,  // 52: belay.wire.v1.Goodbye.failure:type_name -> belay.wire.v1.Failure
-	39, // 53: belay.wire.v1.Request.logs:type_name -> belay.wire.v1.LogsRequest
-	3,  // 54: belay.wire.v1.Done.failure:type_name -> belay.wire.v1.Failure
-	55, // [55:55] is the sub-list for method output_type
-	55, // [55:55] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	46, // 25: belay.wire.v1.Facts.attributes:type_name -> belay.wire.v1.Facts.AttributesEntry
+	13, // 26: belay.wire.v1.Facts.plugins:type_name -> belay.wire.v1.PluginInfo
+	14, // 27: belay.wire.v1.Facts.reserved_ports:type_name -> belay.wire.v1.Port
+	10, // 28: belay.wire.v1.Facts.devices:type_name -> belay.wire.v1.DeviceFact
+	47, // 29: belay.wire.v1.DeviceFact.attributes:type_name -> belay.wire.v1.DeviceFact.AttributesEntry
+	19, // 30: belay.wire.v1.Assignment.spec:type_name -> belay.wire.v1.TaskSpec
+	16, // 31: belay.wire.v1.Assignment.secrets:type_name -> belay.wire.v1.Secrets
+	48, // 32: belay.wire.v1.Secrets.values:type_name -> belay.wire.v1.Secrets.ValuesEntry
+	22, // 33: belay.wire.v1.TaskSpec.containers:type_name -> belay.wire.v1.Container
+	21, // 34: belay.wire.v1.TaskSpec.volumes:type_name -> belay.wire.v1.Volume
+	20, // 35: belay.wire.v1.TaskSpec.platform:type_name -> belay.wire.v1.Platform
+	49, // 36: belay.wire.v1.TaskSpec.tags:type_name -> belay.wire.v1.TaskSpec.TagsEntry
+	23, // 37: belay.wire.v1.Container.environment:type_name -> belay.wire.v1.KeyValue
+	24, // 38: belay.wire.v1.Container.ports:type_name -> belay.wire.v1.PortMapping
+	25, // 39: belay.wire.v1.Container.mounts:type_name -> belay.wire.v1.Mount
+	26, // 40: belay.wire.v1.Container.volumes_from:type_name -> belay.wire.v1.VolumeFrom
+	27, // 41: belay.wire.v1.Container.depends_on:type_name -> belay.wire.v1.Dependency
+	28, // 42: belay.wire.v1.Container.health_check:type_name -> belay.wire.v1.HealthCheck
+	29, // 43: belay.wire.v1.Container.restart_policy:type_name -> belay.wire.v1.RestartPolicy
+	30, // 44: belay.wire.v1.Container.devices:type_name -> belay.wire.v1.Device
+	31, // 45: belay.wire.v1.Container.ulimits:type_name -> belay.wire.v1.Ulimit
+	32, // 46: belay.wire.v1.Container.tmpfs:type_name -> belay.wire.v1.Tmpfs
+	23, // 47: belay.wire.v1.Container.sysctls:type_name -> belay.wire.v1.KeyValue
+	23, // 48: belay.wire.v1.Container.labels:type_name -> belay.wire.v1.KeyValue
+	33, // 49: belay.wire.v1.Container.extra_hosts:type_name -> belay.wire.v1.Host
+	12, // 50: belay.wire.v1.Container.device_requests:type_name -> belay.wire.v1.DeviceRequest
+	35, // 51: belay.wire.v1.TaskStatus.containers:type_name -> belay.wire.v1.ContainerStatus
+	6,  // 52: belay.wire.v1.TaskStatus.at:type_name -> belay.wire.v1.When
+	24, // 53: belay.wire.v1.ContainerStatus.ports:type_name -> belay.wire.v1.PortMapping
+	36, // 54: belay.wire.v1.ContainerStatus.pull:type_name -> belay.wire.v1.PullProgress
+	11, // 55: belay.wire.v1.ContainerStatus.devices:type_name -> belay.wire.v1.DeviceRef
+	3,  // 56: belay.wire.v1.Goodbye.failure:type_name -> belay.wire.v1.Failure
+	42, // 57: belay.wire.v1.Request.logs:type_name -> belay.wire.v1.LogsRequest
+	3,  // 58: belay.wire.v1.Done.failure:type_name -> belay.wire.v1.Failure
+	59, // [59:59] is the sub-list for method output_type
+	59, // [59:59] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_wire_proto_init() }
@@ -4009,9 +4283,9 @@ func file_wire_proto_init() {
 		(*Frame_Chunk)(nil),
 		(*Frame_Done)(nil),
 	}
-	file_wire_proto_msgTypes[18].OneofWrappers = []any{}
-	file_wire_proto_msgTypes[31].OneofWrappers = []any{}
-	file_wire_proto_msgTypes[37].OneofWrappers = []any{
+	file_wire_proto_msgTypes[21].OneofWrappers = []any{}
+	file_wire_proto_msgTypes[34].OneofWrappers = []any{}
+	file_wire_proto_msgTypes[40].OneofWrappers = []any{
 		(*Request_Logs)(nil),
 	}
 	type x struct{}
@@ -4020,7 +4294,7 @@ func file_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_proto_rawDesc), len(file_wire_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   45,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

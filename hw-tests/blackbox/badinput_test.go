@@ -229,6 +229,7 @@ func TestBadPlacement(t *testing.T) {
 	refused(t, s.cli, "", 0, []string{"nowhere"}, run("where")...)
 	refused(t, s.cli, "", 0, []string{"no-such"}, run("no-such")...)
 	refused(t, s.cli, "", 0, []string{"no-such-cluster"}, "task", "run", "--cluster", "no-such-cluster", "--taskdef", "port")
+	refused(t, s.cli, "", 0, []string{"cluster default has no instances", "in " + cluster, "--cluster"}, "task", "run", "--taskdef", "port")
 	if _, err := s.cli.Run(deadline(t, patience), run("port")...); err != nil {
 		t.Fatal(err)
 	}
@@ -268,22 +269,9 @@ func TestRetriedCreate(t *testing.T) {
 // TestFullDisk: with no room under the state directory nothing new starts,
 // what runs goes on, and when there is room again so does the rest.
 func TestFullDisk(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("mounting a small file system needs root")
-	}
 	dir := tempDir(t)
-	if err := os.Mkdir(filepath.Join(dir, "state"), 0o700); err != nil {
-		t.Fatal(err)
-	}
 	state := filepath.Join(dir, "state")
-	if err := syscall.Mount("tmpfs", state, "tmpfs", 0, "size=4m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(state, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	smallDisk(t, state, "4m")
 	s := &site{Control: newControl(t), runtime: "process", dir: dir}
 	s.cli = s.Control.CLI()
 	s.agent = newDevice(t, s.cli, dir, func(*rig.Agent) {})
@@ -319,6 +307,25 @@ func TestFullDisk(t *testing.T) {
 	}
 	s.await(t, id, "the task to run once there is room", patience, running)
 	s.sweep(t)
+}
+
+// smallDisk makes a directory with little room, mounted until the test ends.
+func smallDisk(t *testing.T, dir, size string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("mounting a small file system needs root")
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=700,size="+size); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // fill writes a file until the file system is full.

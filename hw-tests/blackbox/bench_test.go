@@ -15,23 +15,80 @@ import (
 	"github.com/belay-edge/belay/hw-tests/rig"
 )
 
-// pss is the proportional set size of a process in KiB.
-func pss(b *testing.B, pid int) int {
+// mem is what a process holds, in KiB: its proportional set size, and of that
+// what is its own and not pages of files, which the kernel could drop and
+// read again. A figure with small file pages and large anonymous ones would
+// only look small.
+type mem struct{ pss, anon int }
+
+func (m mem) plus(n mem) mem { return mem{m.pss + n.pss, m.anon + n.anon} }
+
+func memory(b *testing.B, pid int) (m mem) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
 		b.Fatal(err)
 	}
+	into := map[string]*int{"Pss:": &m.pss, "Anonymous:": &m.anon}
 	for line := range strings.Lines(string(data)) {
-		if f := strings.Fields(line); len(f) > 1 && f[0] == "Pss:" {
-			n, err := strconv.Atoi(f[1])
-			if err != nil {
+		if f := strings.Fields(line); len(f) > 1 && into[f[0]] != nil {
+			if *into[f[0]], err = strconv.Atoi(f[1]); err != nil {
 				b.Fatal(err)
 			}
-			return n
 		}
 	}
-	b.Fatalf("no Pss of %d", pid)
-	return 0
+	if m.pss == 0 {
+		b.Fatalf("no Pss of %d", pid)
+	}
+	return m
+}
+
+// printMemory prints what the device's processes hold now.
+func printMemory(b *testing.B, s *site, when string) {
+	fmt.Printf("\n%s, KiB           PSS  of it anonymous\n", when)
+	row := func(name string, m mem) { fmt.Printf("  %-22s %7d  %7d\n", name, m.pss, m.anon) }
+	total := memory(b, s.agent.PID())
+	row("belay-agent", total)
+	plugins := pluginPIDs(s.agent)
+	for _, pid := range plugins {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		m := memory(b, pid)
+		total = total.plus(m)
+		row(filepath.Base(strings.SplitN(string(cmdline), "\x00", 2)[0]), m)
+	}
+	row(fmt.Sprintf("with %d plugins", len(plugins)), total)
+	fmt.Printf("  %-22s %7d\n", "budget, 4 plugins", 28<<10)
+	row("belay-control", memory(b, s.Control.PID()))
+}
+
+// BenchmarkMemory prints what an idle device costs: as it came up, and idle
+// again after it ran a task.
+func BenchmarkMemory(b *testing.B) {
+	if os.Getuid() != 0 {
+		b.Skip("containerd needs root: run as root")
+	}
+	for b.Loop() {
+		s := newSite(b, "containerd")
+		const settle = 60 * time.Second
+		moment(settle)
+		printMemory(b, s, fmt.Sprintf("idle for %s", settle))
+		doc := s.document(b, "bench", container{"name": "c", "script": "exec sleep 600", "stopTimeout": 2})
+		if _, err := s.cli.Pipe(deadline(b, patience), []byte(doc), "taskdef", "register", "-f", "-"); err != nil {
+			b.Fatal(err)
+		}
+		api, err := s.Control.API()
+		if err != nil {
+			b.Fatal(err)
+		}
+		begun := time.Now()
+		id := apiRun(b, deadline(b, patience), api, "bench")
+		fmt.Printf("\nfirst task after that, pull included: %s\n", time.Since(begun).Round(time.Millisecond))
+		printMemory(b, s, "one task just started")
+		moment(settle)
+		printMemory(b, s, fmt.Sprintf("that task running for %s", settle))
+		stop(b, s, id)
+		moment(settle)
+		printMemory(b, s, fmt.Sprintf("task stopped, idle for %s", settle))
+	}
 }
 
 func quantile(d []time.Duration, q float64) time.Duration {
@@ -39,27 +96,14 @@ func quantile(d []time.Duration, q float64) time.Duration {
 	return d[min(len(d)-1, int(q*float64(len(d))))]
 }
 
-// BenchmarkFoundation prints what an idle device costs, how long an API call
-// takes to a running container beside ctr run of the same image, and sizes.
+// BenchmarkFoundation prints how long an API call takes to a running container
+// beside ctr run of the same image, and sizes.
 func BenchmarkFoundation(b *testing.B) {
 	if os.Getuid() != 0 {
 		b.Skip("containerd needs root: run as root")
 	}
 	for b.Loop() {
 		s := newSite(b, "containerd")
-		settle := 10 * time.Second
-		moment(settle)
-		total := pss(b, s.agent.PID())
-		fmt.Printf("\nPSS after %s idle, KiB\n  %-22s %7d\n", settle, "belay-agent", total)
-		for _, pid := range pluginPIDs(s.agent) {
-			cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			n := pss(b, pid)
-			total += n
-			fmt.Printf("  %-22s %7d\n", filepath.Base(strings.SplitN(string(cmdline), "\x00", 2)[0]), n)
-		}
-		fmt.Printf("  %-22s %7d  (budget with four plugins: 28672)\n", "together", total)
-		fmt.Printf("  %-22s %7d\n", "belay-control", pss(b, s.Control.PID()))
-
 		latency(b, s)
 
 		fmt.Println("\nbinary sizes, MiB")

@@ -125,12 +125,17 @@ func newSite(t testing.TB, runtime string) *site {
 // newDevice enrols a device and runs its agent until the test ends.
 func newDevice(t testing.TB, cli *rig.CLI, dir string, set func(*rig.Agent)) *rig.Agent {
 	t.Helper()
+	return newDeviceOf(t, bin(t), cli, dir, set)
+}
+
+func newDeviceOf(t testing.TB, binaries rig.Binaries, cli *rig.CLI, dir string, set func(*rig.Agent)) *rig.Agent {
+	t.Helper()
 	ctx := deadline(t, patience)
 	code, err := cli.Activate(ctx, cluster, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := rig.Enroll(ctx, bin(t), dir, code)
+	a, err := rig.Enroll(ctx, binaries, dir, code)
 	if err != nil {
 		t.Fatal(err)
 	}

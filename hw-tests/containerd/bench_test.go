@@ -16,7 +16,10 @@ import (
 func TestStartTime(t *testing.T) {
 	w := newWorld(t)
 	img := w.pull(images.Workload)
-	const runs = 8
+	runs := time.Duration(8)
+	if slow(1) > 1 {
+		runs = 2 // an emulator's seconds tell little and cost minutes
+	}
 	var plain, host, bridge time.Duration
 	for i := range runs {
 		begun := time.Now()
@@ -38,24 +41,8 @@ func TestStartTime(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("mean of %d: ctr run %s, Start host %s, Start bridge %s", runs, plain/runs, host/runs, bridge/runs)
-	if host > plain+runs*500*time.Millisecond {
+	t.Logf("mean of %d: ctr run %s, Start host %s, Start bridge %s", int(runs), plain/runs, host/runs, bridge/runs)
+	if host > plain+runs*slow(500*time.Millisecond) {
 		t.Errorf("Start takes %s longer than ctr run", (host-plain)/runs)
-	}
-}
-
-// TestInit: an init is bound in where the device has one, and refused by name
-// where it has none.
-func TestInit(t *testing.T) {
-	w := newWorld(t)
-	q := w.request(w.attempt(sdk.TaskSpec{}), sdk.NetworkNone, images.Shell, "/bin/sh", "-c", "cat /proc/1/comm")
-	q.Spec.Init = true
-	if _, err := w.rt.Start(w.ctx(), q); err != nil {
-		wantError(t, err, sdk.Unsupported, "init_path")
-		return
-	}
-	wantExit(t, w.exit(q.Attempt), 0)
-	if got := read(t, q.Stdout); got != "init\n" {
-		t.Errorf("the first process is %q", got)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/belay-edge/belay/images"
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -145,6 +146,10 @@ func TestFileSystem(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(host, "f"), []byte("from the host"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	nodes := t.TempDir() // with the numbers of /dev/loop-control
+	if err := unix.Mknod(filepath.Join(nodes, "x"), unix.S_IFCHR|0o666, int(unix.Mkdev(10, 237))); err != nil {
+		t.Fatal(err)
+	}
 	sh := func(script string, change func(*sdk.ContainerSpec)) (int, string) {
 		t.Helper()
 		c, out := w.exits(sdk.TaskSpec{}, images.Shell, change, "/bin/sh", "-c", script)
@@ -173,6 +178,13 @@ func TestFileSystem(t *testing.T) {
 		"device": {func(s *sdk.ContainerSpec) {
 			s.Devices = []sdk.HostDevice{{HostPath: "/dev/loop-control", ContainerPath: "/dev/log0", Permissions: "r"}}
 		}, "test -c /dev/log0 && (exec 3</dev/log0) && ! (exec 3>/dev/log0) 2>/dev/null && echo fine", 0, "fine\n"},
+		"node in a directory": {func(s *sdk.ContainerSpec) {
+			s.Mounts = []sdk.Mount{{Type: "bind", Source: nodes, Target: "/nodes", ReadOnly: true}}
+		}, "! (exec 3</nodes/x) 2>/dev/null && echo denied", 0, "denied\n"},
+		"device rule": {func(s *sdk.ContainerSpec) {
+			s.Mounts = []sdk.Mount{{Type: "bind", Source: nodes, Target: "/nodes", ReadOnly: true}}
+			s.DeviceRules = []sdk.DeviceRule{{Type: "c", Major: 10, Permissions: "r"}}
+		}, "(exec 3</nodes/x) && ! (exec 3<>/nodes/x) 2>/dev/null && echo fine", 0, "fine\n"},
 		"hosts":           {func(s *sdk.ContainerSpec) { s.ExtraHosts = []sdk.HostEntry{{Name: "printer", Address: "10.9.8.7"}} }, "grep printer /etc/hosts", 0, "10.9.8.7\tprinter\n"},
 		"dns":             {func(s *sdk.ContainerSpec) { s.DNSServers, s.DNSSearch = []string{"9.9.9.9"}, []string{"lan.example"} }, "grep -v options /etc/resolv.conf", 0, "nameserver 9.9.9.9\nsearch lan.example\n"},
 		"hostname":        {func(s *sdk.ContainerSpec) { s.Hostname = "box7" }, "hostname; cat /etc/hostname", 0, "box7\nbox7\n"},
@@ -270,6 +282,7 @@ func TestNothingLeftAfterFailedStart(t *testing.T) {
 		"no such program":    {func(s *sdk.ContainerSpec) { s.EntryPoint = []string{"/nothing"} }, sdk.NotFound, "entryPoint"},
 		"no such mount":      {func(s *sdk.ContainerSpec) { s.Mounts = []sdk.Mount{{Type: "bind", Source: "/no/such", Target: "/x"}} }, sdk.Invalid, "/no/such"},
 		"no such device":     {func(s *sdk.ContainerSpec) { s.Devices = []sdk.HostDevice{{HostPath: "/dev/nothing0"}} }, sdk.NotFound, "/dev/nothing0"},
+		"no such rule":       {func(s *sdk.ContainerSpec) { s.DeviceRules = []sdk.DeviceRule{{Type: "x", Major: 1}} }, sdk.Invalid, "device rule"},
 		"no such capability": {func(s *sdk.ContainerSpec) { s.CapabilitiesAdd = []string{"FLY"} }, sdk.Invalid, "FLY"},
 		"no such ulimit":     {func(s *sdk.ContainerSpec) { s.Ulimits = []sdk.Ulimit{{Name: "wings"}} }, sdk.Invalid, "wings"},
 		"no such option":     {func(s *sdk.ContainerSpec) { s.SecurityOptions = []string{"label:type:x"} }, sdk.Unsupported, "label:type:x"},

@@ -14,7 +14,7 @@ run() {
 	suite=$1 match=$2
 	echo "vm: $suite, $(cut -d. -f1 /proc/uptime) s after boot"
 	mkdir -p /var/tmp/cwd && cd /var/tmp/cwd
-	"$here/tests/$suite" -test.v -test.timeout 30m ${match:+-test.run "$match"} 2>&1 | grep --line-buffered -v '^=== ' | sed -u "s/^/$suite: /"
+	"$here/tests/$suite" -test.v -test.timeout 60m ${match:+-test.run "$match"} 2>&1 | grep --line-buffered -v '^=== ' | sed -u "s/^/$suite: /"
 	# Exit statuses of pipes are lost in this shell: the last line tells.
 }
 

@@ -100,7 +100,7 @@ echo "booting; the console is in $console" >&2
 # leave the kernel hanging, so KVM is for those who ask.
 accel=tcg,thread=multi cpu=max,la57=off
 [ "${BELAY_TEST_KVM:-0}" = 1 ] && accel=kvm cpu=host
-timeout "${BELAY_TEST_VM_TIMEOUT:-2400}" qemu-system-x86_64 -accel "$accel" -cpu "$cpu" -smp 2 -m 2048 \
+timeout "${BELAY_TEST_VM_TIMEOUT:-7200}" qemu-system-x86_64 -accel "$accel" -cpu "$cpu" -smp 2 -m 2048 \
 	-nodefaults -nographic -nic none -kernel "$cache/vmlinuz" -initrd "$cache/initrd" \
 	-append "root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off systemd.show_status=1" \
 	-drive "file=$cache/disk,format=raw,if=virtio,snapshot=on" -drive "file=$work/payload.img,format=raw,if=virtio" \

@@ -98,9 +98,12 @@ func await(t *testing.T, id, what string, within time.Duration, ok func(rig.Task
 }
 
 func document(runtime, image string) string {
-	c := map[string]any{"name": "main", "essential": true, "cpu": 256, "memory": 64, "command": []string{"/bin/sh", "-c", "exec sleep 3600"}}
+	// The first process of a PID namespace gets no signal it has no handler
+	// for: without one, stopping the container takes its whole stopTimeout.
+	c := map[string]any{"name": "main", "essential": true, "cpu": 256, "memory": 64, "command": []string{"/bin/sh", "-c", "trap 'exit 0' TERM; sleep 3600 & wait"}}
 	doc := map[string]any{"family": runtime, "containerDefinitions": []any{c}}
 	if runtime == "process" {
+		c["command"] = []string{"/bin/sh", "-c", "exec sleep 3600"}
 		doc["belay"] = map[string]any{"runtime": "process"}
 	} else {
 		c["image"] = image

@@ -20,12 +20,14 @@ needed() {
 		containerd-shim-runc-v2  containerd
 		runc                     runc
 		iptables                 iptables
+		dockerd                  docker.io
 		docker-registry          docker-registry
 		ps                       procps
 		ip                       iproute2
 		gcc                      gcc
 		/usr/include/stdlib.h    libc6-dev
 		/usr/lib/python3/dist-packages/grpc  python3-grpcio
+		/usr/bin/tini-static     tini
 	EOF
 }
 

@@ -43,6 +43,9 @@ type Config struct {
 	// InitPath is a static init for containers that ask for one. Empty: one
 	// is looked for where distributions put theirs.
 	InitPath string `json:"init_path"`
+	// CDISpecDirs are searched for specifications of CDI devices; the last
+	// one that has a device counts.
+	CDISpecDirs []string `json:"cdi_spec_dirs"`
 }
 
 // Registry is how one registry is reached.
@@ -83,6 +86,7 @@ func defaultConfig() Config {
 		CNIBinDirs:      []string{"/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"},
 		Bridge:          Bridge{Name: "belay0", Subnet: "10.203.0.0/16"},
 		DNS:             []string{"1.1.1.1", "8.8.8.8"},
+		CDISpecDirs:     []string{"/etc/cdi", "/var/run/cdi"},
 	}
 }
 
@@ -153,6 +157,11 @@ func (c *Config) validate() error {
 	for _, s := range c.DNS {
 		if _, err := netip.ParseAddr(s); err != nil {
 			bad("dns", "%q is not an address", s)
+		}
+	}
+	for i, dir := range c.CDISpecDirs {
+		if !filepath.IsAbs(dir) {
+			bad(fmt.Sprintf("cdi_spec_dirs[%d]", i), "%q is not absolute", dir)
 		}
 	}
 	if c.InitPath != "" && !filepath.IsAbs(c.InitPath) {

@@ -58,7 +58,9 @@ func (r *Runtime) classify(err error) (kind sdk.ErrorKind, hint string) {
 		return sdk.Invalid, "check systemControls: this kernel does not take one of them in a container"
 	case has("chdir to cwd", "mkdir /", "not a directory: unknown") && has("cwd", "not a directory"):
 		return sdk.Invalid, "the working directory is not a directory that the user may enter"
-	case has("executable file not found", "no such file or directory: unknown", "exec format error", "is a directory: unknown", "permission denied: unknown") && has("exec"):
+	case has("executable file not found", "exec format error"),
+		has(`exec: "`) && has("no such file or directory", "is a directory", "permission denied"),
+		has("no such file or directory: unknown", "is a directory: unknown", "permission denied: unknown") && has("exec"):
 		switch {
 		case has("exec format error"):
 			return sdk.Invalid, "the image holds a program for another processor"

@@ -134,7 +134,7 @@ func TestView(t *testing.T) {
 		{"paused by somebody", "this-boot", true, &tasktypes.Process{Status: tasktypes.Status_PAUSED, Pid: 42}, sdk.Container{State: sdk.StateRunning, PID: 42}},
 		{"exited", "this-boot", true, &tasktypes.Process{Status: tasktypes.Status_STOPPED, Pid: 42, ExitStatus: 7}, sdk.Container{State: sdk.StateExited, ExitCode: &code}},
 		{"rebooted", "last-boot", false, nil, sdk.Container{State: sdk.StateExited, Reason: "the device restarted: nobody saw the exit"}},
-		{"shim killed", "this-boot", true, nil, sdk.Container{State: sdk.StateExited, Reason: "containerd lost the container, its shim was killed: nobody saw the exit"}},
+		{"shim killed", "this-boot", true, nil, sdk.Container{State: sdk.StateExited, Reason: "containerd lost the container, its shim was killed or it ended while containerd was down: nobody saw the exit"}},
 	} {
 		if err := os.RemoveAll(r.containerDir(id)); err != nil {
 			t.Fatal(err)

@@ -146,6 +146,11 @@ func (r *Runtime) Remove(ctx context.Context, a sdk.Attempt) error {
 	if err := r.discard(ctx, containerID(a), ports); err != nil {
 		return r.fail(op, err)
 	}
+	if len(r.shims(containerID(a))) > 0 { // of an interrupted start
+		if err := r.awaitShims(ctx, containerID(a), settleTime); err != nil {
+			return r.fail(op, err)
+		}
+	}
 	return nil
 }
 

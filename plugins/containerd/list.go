@@ -145,7 +145,7 @@ func (r *Runtime) view(rec containers.Container, proc *tasktypes.Process) (held,
 	case proc == nil && rec.Labels[labelBoot] != r.bootID:
 		c.State, c.Reason = sdk.StateExited, "the device restarted: nobody saw the exit"
 	case proc == nil && r.marked(rec.ID, "started"):
-		c.State, c.Reason = sdk.StateExited, "containerd lost the container, its shim was killed: nobody saw the exit"
+		c.State, c.Reason = sdk.StateExited, "containerd lost the container, its shim was killed or it ended while containerd was down: nobody saw the exit"
 	case proc == nil:
 		c.State = sdk.StateCreated
 	default:

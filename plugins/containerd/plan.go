@@ -37,6 +37,7 @@ type plan struct {
 	cgroup      string
 	unified     bool
 	security    security
+	cdiDirs     []string
 }
 
 // security is what SecurityOptions say.
@@ -55,7 +56,8 @@ func (r *Runtime) plan(ctx context.Context, q sdk.StartRequest) (*plan, error) {
 	s := q.Spec
 	p := &plan{
 		id: containerID(q.Attempt), q: q, task: t, network: q.Network, unified: r.cgroups.unified,
-		dir: r.containerDir(containerID(q.Attempt)), cgroup: r.cgroupOf(q.Attempt.Task) + "/" + leafName(q.Attempt),
+		cdiDirs: r.cfg.CDISpecDirs,
+		dir:     r.containerDir(containerID(q.Attempt)), cgroup: r.cgroupOf(q.Attempt.Task) + "/" + leafName(q.Attempt),
 	}
 	if p.network == "" {
 		p.network = t.Network

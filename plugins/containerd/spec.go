@@ -67,7 +67,7 @@ func (p *plan) specOpts() []oci.SpecOpts {
 	if !s.Privileged && !p.security.unconfined && kernelseccomp.IsEnabled() {
 		opts = append(opts, seccomp.WithDefaultProfile())
 	}
-	return opts
+	return append(opts, p.granted()...)
 }
 
 // process is what runs, but for its user and environment.
@@ -95,36 +95,6 @@ func (p *plan) process(s *oci.Spec) {
 	}
 	if len(p.q.Spec.Sysctls) > 0 {
 		s.Linux.Sysctl = p.q.Spec.Sysctls
-	}
-}
-
-// deviceRules come after the nodes: they allow more, and take nothing back.
-func (p *plan) deviceRules(s *oci.Spec) {
-	for _, r := range p.q.Spec.DeviceRules {
-		major, access := int64(r.Major), r.Permissions
-		if access == "" {
-			access = "rwm"
-		}
-		if s.Linux.Resources == nil {
-			s.Linux.Resources = &specs.LinuxResources{}
-		}
-		s.Linux.Resources.Devices = append(s.Linux.Resources.Devices, specs.LinuxDeviceCgroup{Allow: true, Type: r.Type, Major: &major, Access: access})
-	}
-}
-
-// user resolves names in the image's own /etc/passwd and /etc/group.
-func (p *plan) user() oci.SpecOpts {
-	name := p.q.Spec.User
-	if name == "" {
-		name = p.config.Config.User
-	}
-	return func(ctx context.Context, c oci.Client, rec *containers.Container, s *oci.Spec) error {
-		if name != "" {
-			if err := oci.WithUser(name)(ctx, c, rec, s); err != nil {
-				return sdk.Errorf(sdk.Invalid, "", "user %q: %w", name, err).WithHint("name a user of the image's /etc/passwd, or a number")
-			}
-		}
-		return oci.WithAdditionalGIDs(fmt.Sprint(s.Process.User.UID))(ctx, c, rec, s)
 	}
 }
 
@@ -263,5 +233,19 @@ func (p *plan) limits(s *oci.Spec) {
 	if l.Pids != 0 {
 		n := l.Pids
 		res.Pids = &specs.LinuxPids{Limit: &n}
+	}
+}
+
+// deviceRules come after the nodes: they allow more, and take nothing back.
+func (p *plan) deviceRules(s *oci.Spec) {
+	for _, r := range p.q.Spec.DeviceRules {
+		major, access := int64(r.Major), r.Permissions
+		if access == "" {
+			access = "rwm"
+		}
+		if s.Linux.Resources == nil {
+			s.Linux.Resources = &specs.LinuxResources{}
+		}
+		s.Linux.Resources.Devices = append(s.Linux.Resources.Devices, specs.LinuxDeviceCgroup{Allow: true, Type: r.Type, Major: &major, Access: access})
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -62,14 +61,14 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 		default:
 			return sdk.Container{}, r.fail(op, err)
 		}
-		if err := awaitShims(ctx, containerID(q.Attempt), time.Until(deadline)); err != nil {
+		if err := r.awaitShims(ctx, containerID(q.Attempt), time.Until(deadline)); err != nil {
 			return sdk.Container{}, r.fail(op, err)
 		}
 	}
 }
 
 // settleTime is how long containerd gets to end an abandoned start.
-const settleTime = 15 * time.Second
+const settleTime = 30 * time.Second
 
 var errHalfMade = errors.New("half made by an interrupted start")
 
@@ -82,10 +81,11 @@ type undoneError struct {
 func (e *undoneError) Unwrap() error { return e.error }
 
 // nameTaken tells whether a start failed because something of the same name is
-// there: containerd's word for it, or that of a shim whose directory an
-// abandoned start has not given back yet.
+// there: containerd's word for it, that of a shim whose directory an abandoned
+// start has not given back yet, or that of runc, whose state containerd clears
+// away after that failure.
 func nameTaken(err error) bool {
-	return errdefs.IsAlreadyExists(err) || strings.Contains(err.Error(), "file exists")
+	return errdefs.IsAlreadyExists(err) || strings.Contains(err.Error(), "file exists") || strings.Contains(err.Error(), "given ID already exists")
 }
 
 // unsettled tells whether a start failed because an abandoned one of the same
@@ -98,39 +98,6 @@ func unsettled(err error) bool {
 	return nameTaken(err) || errdefs.IsNotFound(err) ||
 		strings.Contains(err.Error(), "failed to start shim") || strings.Contains(err.Error(), "ttrpc: closed") ||
 		strings.Contains(err.Error(), "unable to retrieve OCI runtime error") // the bundle was removed under runc
-}
-
-// awaitShims waits until no shim of a container runs that was to be removed:
-// one that is still being ended would take the directory of its successor
-// with it.
-func awaitShims(ctx context.Context, id string, atMost time.Duration) error {
-	timeout := time.NewTimer(atMost)
-	defer timeout.Stop()
-	tick := time.NewTicker(50 * time.Millisecond) // containerd itself has a little to do afterwards
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-timeout.C:
-			return nil // the next try will say what is wrong
-		case <-tick.C:
-		}
-		if !shimRuns(id) {
-			return nil
-		}
-	}
-}
-
-// shimRuns tells whether a process was started with "-id" and this container.
-func shimRuns(id string) bool {
-	found, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, f := range found {
-		if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), "\x00-id\x00"+id+"\x00") {
-			return true
-		}
-	}
-	return false
 }
 
 func (r *Runtime) adoptOrCreate(ctx context.Context, q sdk.StartRequest) (sdk.Container, error) {

@@ -1,6 +1,7 @@
 package process_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -238,6 +239,63 @@ func TestDamagedRecordHidesNothing(t *testing.T) {
 	}
 }
 
+// It was listed as exited while its program ran on: an agent would start it
+// again beside itself, and Remove left systemd's unit.
+func TestDamagedRecordOfARunningProgram(t *testing.T) {
+	bothModes(t, func(r *rig) {
+		req := r.request("main", "trap '' TERM; while :; do sleep 0.05; done")
+		c := r.start(req)
+		if err := os.WriteFile(filepath.Join(r.attemptDir(req.Attempt), record.MetaFile), []byte("{"), 0o600); err != nil {
+			r.Fatal(err)
+		}
+		if got := r.find(req.Attempt); got.State != sdk.StateExited || !strings.Contains(got.Reason, "damaged") {
+			r.Errorf("List has %+v, want an end with the damage as its reason", got)
+		}
+		r.eventually("the program has ended", func() bool {
+			p, err := record.ReadProcess(c.PID)
+			return err != nil || !p.Alive()
+		})
+		if err := r.Remove(r.Context(), req.Attempt); err != nil {
+			r.Errorf("Remove: %v", err)
+		}
+		again := r.start(req)
+		if again.State != sdk.StateRunning || again.PID == c.PID {
+			r.Errorf("started anew it is %+v", again)
+		}
+		if _, err := r.Stop(r.Context(), req.Attempt, 0); err != nil {
+			r.Error(err)
+		}
+	})
+}
+
+// Stop said that there is no such attempt while a Start was about to make it.
+func TestStopWaitsForAStartUnderWay(t *testing.T) {
+	r := newRig(t, process.ModeOwn)
+	req := r.request("main", "exit 0")
+	if err := r.PrepareTask(t.Context(), sdk.TaskSpec{ID: req.Attempt.Task, Network: sdk.NetworkHost}); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.OpenFile(filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(r.attemptDir(req.Attempt)))), "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // what a Start holds
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := r.Stop(ctx, req.Attempt, 0); err == nil || errors.Is(err, sdk.NotFound) {
+		t.Errorf("Stop beside a Start: %v, want that it waits", err)
+	}
+	if err := lock.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Stop(t.Context(), req.Attempt, 0); !errors.Is(err, sdk.NotFound) {
+		t.Errorf("Stop after it: %v, want not found", err)
+	}
+}
+
 func TestProgramFindsACleanPlace(t *testing.T) {
 	t.Setenv("BELAY_SECRET_OF_THE_AGENT", "leaked")
 	bothModes(t, func(r *rig) {
@@ -272,6 +330,9 @@ func TestUnsupportedIsNamed(t *testing.T) {
 		"image":                        func(q *sdk.StartRequest) { q.Spec.Image = "alpine" },
 		"hostname":                     func(q *sdk.StartRequest) { q.Spec.Hostname = "h" },
 		"mounts":                       func(q *sdk.StartRequest) { q.Spec.Mounts = []sdk.Mount{{Type: "bind", Source: "/", Target: "/x"}} },
+		"CDI devices":                  func(q *sdk.StartRequest) { q.Spec.CDIDevices = []string{"nvidia.com/gpu=0"} },
+		"hooks":                        func(q *sdk.StartRequest) { q.Spec.Hooks = []sdk.Hook{{Point: "poststop", Path: "/bin/true"}} },
+		"additional groups":            func(q *sdk.StartRequest) { q.Spec.AdditionalGIDs = []uint32{44} },
 		"devices":                      func(q *sdk.StartRequest) { q.Spec.Devices = []sdk.HostDevice{{HostPath: "/dev/null"}} },
 		"capabilities":                 func(q *sdk.StartRequest) { q.Spec.CapabilitiesAdd = []string{"NET_ADMIN"} },
 		"privileged, read-only root":   func(q *sdk.StartRequest) { q.Spec.Privileged, q.Spec.ReadOnlyRoot = true, true },

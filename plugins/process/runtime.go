@@ -293,6 +293,16 @@ func (r *Runtime) discard(ctx context.Context, a *attempt) error {
 func (r *Runtime) Stop(ctx context.Context, id sdk.Attempt, grace time.Duration) (sdk.Container, error) {
 	op := "stop " + id.String()
 	a, o, err := r.find(ctx, op, id)
+	if errors.Is(err, sdk.NotFound) && isDir(r.taskDir(id.Task)) {
+		// A Start whose caller has gone away may be about to make it: who is
+		// told that there is no such attempt does not ask again.
+		unlock, lerr := r.lock(ctx, id.Task)
+		if lerr != nil {
+			return sdk.Container{}, sortOut(op, lerr)
+		}
+		a, o, err = r.find(ctx, op, id)
+		unlock()
+	}
 	if err != nil {
 		return sdk.Container{}, err
 	}
@@ -357,7 +367,9 @@ func (r *Runtime) Remove(ctx context.Context, id sdk.Attempt) error {
 	if err != nil {
 		// Damaged, listed as exited: whatever it was, it is told to go.
 		r.log.Warn("removing an attempt whose record is damaged", "attempt", a.String(), "error", err)
-		_ = r.own.discard(ctx, a)
+		if err := r.endUnreadable(ctx, a); err != nil {
+			return sortOut(op, err)
+		}
 		return sortOut(op, a.forget())
 	}
 	if !known {
@@ -404,9 +416,12 @@ func (r *Runtime) List(ctx context.Context) (sdk.Inventory, error) {
 }
 
 // describe is one entry of List. A record that cannot be read must not hide
-// the others: the attempt is listed as over, with what is wrong.
+// the others: the attempt is made to be over, and listed so with what is wrong.
 func (r *Runtime) describe(ctx context.Context, a *attempt) (sdk.Container, error) {
 	if _, err := a.known(); err != nil {
+		if e := r.endUnreadable(ctx, a); e != nil {
+			r.log.Error("an attempt whose record is damaged may still run", "attempt", a.String(), "error", e)
+		}
 		return sdk.Container{Attempt: a.Attempt, RuntimeID: a.String(), State: sdk.StateExited, Reason: err.Error()}, nil
 	}
 	o, err := r.observe(ctx, a)
@@ -415,6 +430,21 @@ func (r *Runtime) describe(ctx context.Context, a *attempt) (sdk.Container, erro
 	}
 	r.watchFor(a, o)
 	return r.container(a, o), nil
+}
+
+// endUnreadable ends an attempt of which not even the supervisor is known: the
+// agent takes what is listed as exited for gone, and would start it again
+// beside itself.
+func (r *Runtime) endUnreadable(ctx context.Context, a *attempt) error {
+	err := r.own.kill(ctx, a)
+	if err == nil {
+		err = r.own.discard(ctx, a)
+	}
+	if r.systemd == nil {
+		return err
+	}
+	a.meta.Unit = r.systemd.unitName(a.Attempt) // as every start names it
+	return errors.Join(err, r.systemd.discard(ctx, a))
 }
 
 // attempts lists the directories of a task's attempts that were made whole.

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -34,6 +35,11 @@ type device struct {
 	link     *link.Link
 	runtimes *runtimes
 	ready    chan struct{} // closed once there are facts to dial with
+
+	untold struct { // devices that were too many to be told of
+		sync.Mutex
+		n int
+	}
 }
 
 // tunnel dials once there is something to tell.
@@ -52,20 +58,33 @@ type runtimes struct {
 	*host.Host
 	forAgent chan string
 	forFacts chan struct{}
+	// The same of the devices they found.
+	devicesForAgent, devicesForFacts chan struct{}
 }
 
 func newRuntimes(h *host.Host) *runtimes {
-	return &runtimes{Host: h, forAgent: make(chan string, 64), forFacts: make(chan struct{}, 1)}
+	return &runtimes{Host: h, forAgent: make(chan string, 64), forFacts: make(chan struct{}, 1),
+		devicesForAgent: make(chan struct{}, 1), devicesForFacts: make(chan struct{}, 1)}
 }
 
 // Changes implements agent.Runtimes.
 func (r *runtimes) Changes() <-chan string { return r.forAgent }
+
+// DeviceChanges implements agent.Devices.
+func (r *runtimes) DeviceChanges() <-chan struct{} { return r.devicesForAgent }
 
 func (r *runtimes) run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-r.Host.DeviceChanges():
+			for _, c := range []chan struct{}{r.devicesForAgent, r.devicesForFacts} {
+				select {
+				case c <- struct{}{}:
+				default:
+				}
+			}
 		case name := <-r.Host.Changes():
 			select {
 			case r.forAgent <- name:
@@ -98,32 +117,57 @@ func (d *device) keepFacts(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	case <-d.runtimes.Settled():
+		// Nor should the devices look unplugged until the second word.
+		for heard := d.heard(); !heard; heard = heard || d.heard() {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-d.runtimes.devicesForFacts:
+			case <-settling.C:
+				heard = true
+			}
+		}
 	case <-settling.C:
 	}
 	last := d.told()
 	d.link.SetFacts(last)
 	close(d.ready)
-	// The first few changes are the start; from then on they are spaced.
-	for spare := 5; ; spare-- {
+	// The first few changes are the start; from then on they are spaced, those
+	// of devices by themselves: a plugin's state does not wait for them.
+	spare, devices := 5, newSpacing(time.Now())
+	var at time.Time // when the next ones are told; zero: nothing is to be told
+	var timer <-chan time.Time
+	within := func(wait time.Duration) {
+		if due := time.Now().Add(wait); at.IsZero() || due.Before(at) {
+			at, timer = due, time.After(wait)
+		}
+	}
+	plugins, found := false, false // wait to be told
+	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-d.runtimes.forFacts:
-		}
-		wait := factsSettle
-		if spare <= 0 {
-			wait = factsInterval
-		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-timer.C:
-		}
-		if now := d.told(); !proto.Equal(last, now) {
-			d.link.SetFacts(now)
-			last = now
+			if plugins {
+				continue
+			}
+			plugins = true
+			if spare--; spare >= 0 {
+				within(factsSettle)
+			} else {
+				within(factsInterval)
+			}
+		case <-d.runtimes.devicesForFacts:
+			if !found {
+				found = true
+				within(max(factsSettle, devices.next(time.Now())))
+			}
+		case <-timer:
+			at, timer, plugins, found = time.Time{}, nil, false, false
+			if now := d.told(); !proto.Equal(last, now) {
+				d.link.SetFacts(now)
+				last = now
+			}
 		}
 	}
 }
@@ -142,6 +186,7 @@ func (d *device) told() *wire.Facts {
 			}
 		}
 	}
+	f.Devices = d.inventory()
 	return f
 }
 

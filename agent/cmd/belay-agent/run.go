@@ -23,6 +23,7 @@ import (
 	"github.com/belay-edge/belay/agent/internal/system"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
+	pluginhost "github.com/belay-edge/belay/plugins/sdk/host"
 )
 
 // Shutdown: the loop ends its calls, then the plugins end. The unit's
@@ -99,7 +100,7 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		return err
 	}
 	d.agent, err = agent.New(agent.Config{
-		Runtimes: d.runtimes, Journal: journal, Saved: saved, Uplink: d.link,
+		Runtimes: d.runtimes, Devices: d.runtimes, Journal: journal, Saved: saved, Uplink: d.link,
 		Outputs: state.NewOutputs(cfg.StateDir), Volumes: state.NewVolumes(cfg.StateDir),
 		Clock: clock, Logger: log, InstanceID: id.ID,
 		PullGiveUp:       orElse(time.Duration(cfg.PullGiveUp), forEver),
@@ -158,7 +159,8 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 	return link.New(link.Config{
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
-		Facts: d.told(), Clock: clock, Logger: d.log,
+		Capabilities: []string{wire.CapabilityDevices},
+		Facts:        d.told(), Clock: clock, Logger: d.log,
 		Remember: func(addresses []string) {
 			if err := identity.SetAddresses(d.cfg.StateDir, addresses); err != nil {
 				d.log.Warn("the control plane's new addresses are not remembered", "error", err)
@@ -186,6 +188,10 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 	g.start("plugin changes", d.runtimes.run)
 	g.start("facts", d.keepFacts)
 	g.start("local API", api.Run)
+	g.start("memory", func(ctx context.Context) error {
+		pluginhost.GiveBackMemory(ctx)
+		return nil
+	})
 	g.start("watchdog", func(ctx context.Context) error { return d.beReady(ctx) })
 	<-g.ctx.Done()
 	notify(d.log, daemon.SdNotifyStopping)

@@ -55,7 +55,8 @@ func script() []op {
 	return []op{
 		save("a"),
 		records(agent.Record{Task: "a", Origin: "one"}, agent.Record{Applied: &agent.Applied{Incarnation: "one", Sequence: 1}}),
-		records(agent.Record{Task: "a", Attempt: &agent.AttemptRecord{Container: "main", Number: 1, BootID: "b", HostPorts: []int{8080}}}),
+		records(agent.Record{Task: "a", Attempt: &agent.AttemptRecord{Container: "main", Number: 1, BootID: "b", HostPorts: []int{8080},
+			Devices: []agent.DeviceRef{{Plugin: "nvidia", ID: "GPU-1"}}}}),
 		save("b"),
 		records(agent.Record{Task: "b", Origin: "one"}, agent.Record{Applied: &agent.Applied{Incarnation: "one", Sequence: 2}},
 			agent.Record{Task: "a", Status: &agent.StatusRecord{LastStatus: "RUNNING"}}),

@@ -58,10 +58,12 @@ func openDataDir(dir string) (unlock func(), err error) {
 		}
 		return nil, fmt.Errorf("another control plane (%s) is using the data directory %s: stop it, or choose another with --data-dir", holder, dir)
 	}
-	if err = f.Truncate(0); err == nil {
-		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+	pid := fmt.Appendf(nil, "%d\n", os.Getpid())
+	if _, err = f.WriteAt(pid, 0); err == nil {
+		err = f.Truncate(int64(len(pid)))
 	}
-	if err != nil {
+	// The number is for people; a full disk is no reason not to serve reads.
+	if err != nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		f.Close()
 		return nil, fmt.Errorf("locking %s: %w", path, err)
 	}

@@ -122,7 +122,12 @@ func (p *fakePlane) ListInstances(context.Context, *connect.Request[apiv1.ListIn
 			Hostname: long, Status: "ACTIVE", Connected: i == 0, Transport: "quic", LastSeenAt: "2026-01-02T03:04:05Z",
 			RegisteredAt: "2026-01-02T03:04:05Z",
 			Resources:    &apiv1.InstanceResources{Registered: &apiv1.Resources{Cpu: 4096, Memory: 7000}, Remaining: &apiv1.Resources{Cpu: 3584, Memory: 6000, Ports: []string{"80/tcp"}}},
-			Attributes:   []*apiv1.Attribute{{Name: "belay.arch", Value: "arm64"}}})
+			Attributes:   []*apiv1.Attribute{{Name: "belay.arch", Value: "arm64"}},
+			Devices: []*apiv1.Device{
+				{Plugin: "edgetpu", Id: "0000:01:00.0", Kind: "tpu", Health: "unknown", Shares: 1, Reason: "its driver is not bound: load the module apex, or look why it is not there"},
+				{Plugin: "nvidia", Id: "GPU-8f3b5c1e-0000-4d2c-9d0b-1f6f2a7c1e55", Kind: "gpu", Ready: true, Health: "healthy", Shares: 2,
+					UsedBy: []*apiv1.DeviceUse{{Task: strings.Repeat("ab", 16), Container: "detector-of-the-north-gate"}}},
+			}})
 	}
 	return connect.NewResponse(res), nil
 }

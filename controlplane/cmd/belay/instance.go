@@ -102,6 +102,25 @@ func (c *cli) instanceTable(i *apiv1.Instance) {
 			fmt.Fprintf(c.stdout, "  %s = %s\n", a.GetName(), a.GetValue())
 		}
 	}
+	if len(i.GetDevices()) > 0 {
+		fmt.Fprintln(c.stdout)
+		var rows [][]string
+		for _, d := range i.GetDevices() {
+			state := "ready"
+			switch {
+			case !d.GetReady():
+				state = "not ready: " + d.GetReason()
+			case d.GetHealth() == "unhealthy":
+				state = "unhealthy: " + d.GetReason()
+			}
+			var by []string
+			for _, u := range d.GetUsedBy() {
+				by = append(by, shortID(u.GetTask())+"/"+u.GetContainer())
+			}
+			rows = append(rows, []string{d.GetKind(), d.GetPlugin(), d.GetId(), fmt.Sprintf("%d of %d", len(by), d.GetShares()), strings.Join(by, ","), state})
+		}
+		c.table([]string{"DEVICE", "PLUGIN", "ID~", "USED", "BY~", "STATE~"}, rows)
+	}
 	if len(i.GetPlugins()) > 0 {
 		fmt.Fprintln(c.stdout)
 		var rows [][]string

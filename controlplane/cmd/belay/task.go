@@ -208,11 +208,15 @@ func (c *cli) taskFields(t *apiv1.Task) {
 		for _, p := range ct.GetNetworkBindings() {
 			ports = append(ports, fmt.Sprintf("%d->%d/%s", p.GetHostPort(), p.GetContainerPort(), p.GetProtocol()))
 		}
+		var devices []string
+		for _, d := range ct.GetDevices() {
+			devices = append(devices, d.GetPlugin()+" "+d.GetId())
+		}
 		fmt.Fprintf(c.stdout, "\ncontainer %s%s\n", ct.GetName(), essential)
 		c.fields("  status", ct.GetLastStatus(), "  exit code", exit, "  reason", ct.GetReason(), "  health", ct.GetHealthStatus(),
 			"  image", ct.GetImage(), "  digest", ct.GetImageDigest(), "  pull", pulling(ct), "  runtime id", ct.GetRuntimeId(),
 			"  pid", positive(ct.GetPid()), "  attempt", positive(ct.GetAttempt()), "  restarts", positive(ct.GetRestarts()),
-			"  ip", ct.GetIp(), "  ports", strings.Join(ports, ", "))
+			"  ip", ct.GetIp(), "  ports", strings.Join(ports, ", "), "  devices", strings.Join(devices, ", "))
 	}
 }
 

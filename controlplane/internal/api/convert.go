@@ -97,6 +97,15 @@ func instance(v controlplane.InstanceView) *apiv1.Instance {
 			}
 		}),
 	}
+	i.Devices = each(v.Devices, func(d controlplane.DeviceView) *apiv1.Device {
+		return &apiv1.Device{
+			Plugin: d.Plugin, Id: d.ID, Kind: d.Kind, Ready: d.Ready, Health: d.Health, Reason: d.Reason,
+			Shares: uint32(d.Shares), Attributes: attributes(d.Attributes),
+			UsedBy: each(d.UsedBy, func(u controlplane.DeviceUse) *apiv1.DeviceUse {
+				return &apiv1.DeviceUse{Task: u.Task, Container: u.Container}
+			}),
+		}
+	})
 	if v.Connected {
 		i.Transport, i.ConnectedAt = v.Session.Transport, stamp(v.Session.ConnectedAt)
 	}
@@ -134,6 +143,9 @@ func container(c controlplane.ContainerStatus) *apiv1.Container {
 			return &apiv1.PortMapping{Name: p.Name, Protocol: p.Protocol, ContainerPort: uint32(p.ContainerPort), HostPort: uint32(p.HostPort)}
 		}),
 	}
+	o.Devices = each(c.Devices, func(k controlplane.DeviceKey) *apiv1.DeviceRef {
+		return &apiv1.DeviceRef{Plugin: k.Plugin, Id: k.ID}
+	})
 	if c.ExitCode != nil {
 		code := int32(*c.ExitCode)
 		o.ExitCode = &code

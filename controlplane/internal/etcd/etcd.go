@@ -40,6 +40,7 @@ const (
 type Store struct {
 	client *clientv3.Client
 	server *embed.Etcd // nil for an external cluster
+	room   *room       // nil for an external cluster
 }
 
 var _ controlplane.Store = (*Store)(nil)
@@ -48,12 +49,16 @@ var _ controlplane.Store = (*Store)(nil)
 // on it. It listens on nothing: etcd's default ports would let any local user
 // in. One process at a time may open a directory; the caller sees to that.
 func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
-	return openWithin(ctx, dir, quotaBytes, log)
+	return openWithin(ctx, dir, quotaBytes, reserve, log)
 }
 
-func openWithin(ctx context.Context, dir string, quota int64, log *slog.Logger) (*Store, error) {
+func openWithin(ctx context.Context, dir string, quota int64, reserve uint64, log *slog.Logger) (*Store, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the store's directory: %w", err)
+	}
+	room := &room{dir: dir, reserve: reserve, log: log}
+	if err := room.forStart(); err != nil {
+		return nil, fmt.Errorf("starting the embedded store: %w", err)
 	}
 	cfg := embed.NewConfig()
 	cfg.Dir, cfg.Name = filepath.Clean(dir), "belay"
@@ -68,13 +73,13 @@ func openWithin(ctx context.Context, dir string, quota int64, log *slog.Logger) 
 	cfg.QuotaBackendBytes = quota
 	cfg.AutoCompactionMode = embed.CompactorModePeriodic
 	cfg.AutoCompactionRetention = retention
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(&core{log: log.With("from", "etcd")}))
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder((&lastWords{room: room, exit: os.Exit}).logger())
 
 	server, err := embed.StartEtcd(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("starting the embedded store in %s: %w", dir, err)
 	}
-	s := &Store{server: server}
+	s := &Store{server: server, room: room}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	select {
@@ -228,6 +233,11 @@ func (s *Store) Txn(ctx context.Context, compares []controlplane.Compare, ops []
 	if len(ops) > controlplane.MaxTxnOps || len(compares) > controlplane.MaxTxnOps {
 		return 0, false, controlplane.Errorf(controlplane.InvalidArgument,
 			"a transaction of %d operations and %d comparisons: at most %d are allowed", len(ops), len(compares), controlplane.MaxTxnOps)
+	}
+	if s.room != nil && len(ops) > 0 {
+		if err := s.room.forWrite(); err != nil {
+			return 0, false, err
+		}
 	}
 	cmps := make([]clientv3.Cmp, len(compares))
 	for i, c := range compares {

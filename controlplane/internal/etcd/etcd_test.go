@@ -119,7 +119,7 @@ func TestFullStoreRecoversAtTheNextStart(t *testing.T) {
 	dir := t.TempDir()
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	open := func() *Store {
-		s, err := openWithin(t.Context(), dir, 1<<20, log)
+		s, err := openWithin(t.Context(), dir, 1<<20, 0, log)
 		if err != nil {
 			t.Fatal(err)
 		}

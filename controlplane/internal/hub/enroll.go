@@ -138,6 +138,12 @@ func factsOf(f *wire.Facts) controlplane.Facts {
 			LastError: p.GetLastError(), Checksum: p.GetChecksum(), Restarts: int(p.GetRestarts()), Networks: p.GetNetworks(),
 		})
 	}
+	for _, d := range f.GetDevices() {
+		out.Devices = append(out.Devices, controlplane.DeviceFact{
+			Plugin: d.GetPlugin(), ID: d.GetId(), Kind: d.GetKind(), Ready: d.GetReady(), Health: d.GetHealth(),
+			Reason: d.GetReason(), Shares: int(min(d.GetShares(), 1<<16)), Attributes: d.GetAttributes(),
+		})
+	}
 	for _, p := range f.GetReservedPorts() {
 		out.ReservedPorts = append(out.ReservedPorts, controlplane.PortKey{Protocol: p.GetProtocol(), Port: int(p.GetPort())})
 	}

@@ -59,7 +59,7 @@ func TestHubSpeaksTheTranscriptOfVersion1(t *testing.T) {
 				}
 				d.mu.Lock()
 				defer d.mu.Unlock()
-				if diff := cmp.Diff(controlplane.Hello{AgentVersion: "0.1.0", Hostname: "shelf-7", HashedMachineID: "m1", Facts: want}, d.facts[0]); diff != "" {
+				if diff := cmp.Diff(controlplane.Hello{AgentVersion: "0.1.0", Hostname: "shelf-7", HashedMachineID: "m1", Capabilities: []string{"logs"}, Facts: want}, d.facts[0]); diff != "" {
 					t.Error(diff)
 				}
 			})

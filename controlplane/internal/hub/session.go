@@ -113,6 +113,7 @@ func (s *session) register(hello *wire.Hello, watch func()) ([]*wire.Frame, *wir
 		AgentVersion:    hello.AgentVersion,
 		Hostname:        hello.GetFacts().GetAttributes()["belay.hostname"],
 		HashedMachineID: hello.HashedMachineId,
+		Capabilities:    hello.Capabilities,
 		Facts:           factsOf(hello.Facts),
 	}
 	if err := s.hub.devices.ReportFacts(ctx, s.instance, s.hello); err != nil {

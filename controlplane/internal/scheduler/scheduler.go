@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/belay-edge/belay/controlplane"
+	"github.com/belay-edge/belay/controlplane/wire"
 )
 
 // maxFailures bounds the explanation of a failed placement.
@@ -44,7 +45,7 @@ func Place(p controlplane.Placement, r *rand.Rand) (instances []string, failures
 	if len(candidates) == 0 {
 		return nil, []controlplane.PlacementFailure{{
 			Reason: controlplane.ReasonMissing,
-			Detail: "the cluster has no instances: enrol a device with an activation for it",
+			Detail: nobody(p.Cluster, p.Elsewhere),
 		}}
 	}
 	for i := range candidates {
@@ -71,10 +72,25 @@ func unsuitable(c *controlplane.Candidate, p controlplane.Placement) *controlpla
 	return nil
 }
 
+// nobody says that a cluster has no instances, and where there are some: who
+// names no cluster gets the default one.
+func nobody(cluster string, elsewhere []string) string {
+	const most = 5
+	switch n := len(elsewhere); {
+	case n == 0:
+		return fmt.Sprintf("cluster %s has no instances: enrol a device with an activation for it", cluster)
+	case n > most:
+		elsewhere = append(slices.Clone(elsewhere[:most]), fmt.Sprintf("%d more", n-most))
+	}
+	return fmt.Sprintf("cluster %s has no instances, there are some in %s: choose one with --cluster, or enrol a device with an activation for %[1]s",
+		cluster, strings.Join(elsewhere, ", "))
+}
+
 func take(c *controlplane.Candidate, d controlplane.Demand) {
 	c.Used.CPU += d.CPU
 	c.Used.MemoryMiB += d.MemoryMiB
 	c.Used.Ports = append(slices.Clone(c.Used.Ports), d.Ports...)
+	c.Used.Devices = append(slices.Clone(c.Used.Devices), d.Devices...)
 }
 
 // refuse says why c cannot take d; nil: it can.
@@ -106,7 +122,27 @@ func refuse(c *controlplane.Candidate, d controlplane.Demand) *controlplane.Plac
 	if len(taken) > 0 {
 		return no(controlplane.ReasonPorts, "the task needs host port %s, already taken there", strings.Join(taken, ", "))
 	}
+	if len(d.Devices) > 0 {
+		if !slices.Contains(c.Capabilities, wire.CapabilityDevices) {
+			return no(deviceReason(d), "its agent is too old to give devices to containers: update it")
+		}
+		if why := controlplane.RefuseDevices(c.Facts.Devices, c.Used.Devices, d.Devices); why != "" {
+			return no(deviceReason(d), "%s", why)
+		}
+	}
 	return nil
+}
+
+// deviceReason is ECS's word where the task asks for GPUs only.
+func deviceReason(d controlplane.Demand) string {
+	for _, container := range d.Devices {
+		for _, r := range container.Requests {
+			if r.Kind != "gpu" {
+				return controlplane.ReasonDevices
+			}
+		}
+	}
+	return controlplane.ReasonGPU
 }
 
 // refuseRuntime says why none of the plugins runs the task; "": one does.
@@ -124,8 +160,11 @@ func refuseRuntime(plugins []controlplane.PluginInfo, d controlplane.Demand) str
 			return fmt.Sprintf("its runtime plugin %q is %s: %s", pl.Name, pl.State, pl.LastError)
 		case !up:
 			return fmt.Sprintf("its runtime plugin %q is %s", pl.Name, pl.State)
+		case len(pl.Networks) == 0:
+			// Every runtime has one, and tells as soon as its daemon answers.
+			return fmt.Sprintf("its runtime plugin %q is up, but what it works with is not there or does not answer", pl.Name)
 		case d.Network != "" && !slices.Contains(pl.Networks, d.Network):
-			return fmt.Sprintf("its runtime plugin %q does networks %s, not %q", pl.Name, cmp.Or(strings.Join(pl.Networks, ", "), "not at all"), d.Network)
+			return fmt.Sprintf("its runtime plugin %q does networks %s, not %q", pl.Name, strings.Join(pl.Networks, ", "), d.Network)
 		}
 		return ""
 	}

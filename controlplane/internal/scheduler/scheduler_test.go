@@ -41,6 +41,7 @@ func TestPlaceRefusals(t *testing.T) {
 			p := &c.Facts.Plugins[0]
 			p.State, p.LastError, p.Networks = "failed", "no socket", nil
 		}, "RUNTIME", "failed: no socket"},
+		{"runtime without its daemon", func(c *controlplane.Candidate) { c.Facts.Plugins[0].Networks = nil }, "RUNTIME", "is not there or does not answer"},
 		{"plugin quarantined", func(c *controlplane.Candidate) {
 			c.Facts.Plugins[0].State, c.Facts.Plugins[0].LastError = "quarantined", "crashed 5 times"
 		}, "RUNTIME", "quarantined: crashed 5 times"},
@@ -168,9 +169,24 @@ func TestPlaceIsRandomAndRepeatable(t *testing.T) {
 	}
 }
 
+// Without --cluster it is the default one that is asked, which the answer did
+// not name.
 func TestPlaceWithoutInstances(t *testing.T) {
-	_, failures := Place(controlplane.Placement{Count: 1}, nil)
-	if len(failures) != 1 || failures[0].Reason != controlplane.ReasonMissing {
-		t.Errorf("failures %+v", failures)
+	for _, r := range []struct {
+		name      string
+		elsewhere []string
+		want      string
+	}{
+		{"none anywhere", nil, "cluster default has no instances: enrol a device with an activation for it"},
+		{"some elsewhere", []string{"lab", "shop"}, "cluster default has no instances, there are some in lab, shop: choose one with --cluster, or enrol a device with an activation for default"},
+		{"in many", strings.Split("a b c d e f g", " "), "cluster default has no instances, there are some in a, b, c, d, e, 2 more: choose one with --cluster, or enrol a device with an activation for default"},
+	} {
+		t.Run(r.name, func(t *testing.T) {
+			_, failures := Place(controlplane.Placement{Count: 1, Cluster: "default", Elsewhere: r.elsewhere}, nil)
+			want := []controlplane.PlacementFailure{{Reason: controlplane.ReasonMissing, Detail: r.want}}
+			if diff := cmp.Diff(want, failures); diff != "" {
+				t.Error(diff)
+			}
+		})
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"strings"
 
 	"github.com/belay-edge/belay/plugins/containerd"
+	"github.com/belay-edge/belay/plugins/docker"
+	"github.com/belay-edge/belay/plugins/edgetpu"
 	"github.com/belay-edge/belay/plugins/process"
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/serve"
@@ -31,10 +33,15 @@ type entry struct {
 
 var plugins = []entry{
 	{"containerd", func(v string) sdk.Plugin { return containerd.New(v) }},
+	{docker.Name, func(v string) sdk.Plugin { return docker.New(v) }},
+	{edgetpu.Name, func(v string) sdk.Plugin { return edgetpu.New(v) }},
 	{process.Name, func(v string) sdk.Plugin { return process.New(v) }},
 }
 
 func main() {
+	if filepath.Base(os.Args[0]) == docker.CopierName { // no plugin: what the plugin docker leaves behind
+		os.Exit(docker.Copy(os.Args))
+	}
 	p, code := choose(os.Args, os.Stdout, os.Stderr)
 	if p == nil {
 		os.Exit(code)

@@ -16,7 +16,7 @@ func TestChoose(t *testing.T) {
 	}{
 		"link":          {args: []string{"/usr/libexec/belay/plugins/process"}, plugin: "process"},
 		"argument":      {args: []string{"bin/belay-plugins", "process"}, plugin: "process"},
-		"list":          {args: []string{"belay-plugins", "--list"}, stdout: "containerd\nprocess\n"},
+		"list":          {args: []string{"belay-plugins", "--list"}, stdout: "containerd\ndocker\nedgetpu\nprocess\n"},
 		"version":       {args: []string{"belay-plugins", "--version"}, stdout: "dev\n"},
 		"unknown":       {args: []string{"belay-plugins", "nothing"}, code: 2, stderr: `no plugin "nothing"`},
 		"no argument":   {args: []string{"belay-plugins"}, code: 2, stderr: `no plugin "belay-plugins"`},

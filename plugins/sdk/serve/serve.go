@@ -32,6 +32,7 @@ import (
 
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/handshake"
+	"github.com/belay-edge/belay/plugins/sdk/internal/idle"
 )
 
 // drain is how long handlers get to notice that their context ended before
@@ -67,6 +68,7 @@ func run(p sdk.Plugin, stdout, stderr *os.File) int {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	go watchParent(stop)
+	go idle.Run(ctx)
 
 	// The host reads one line from stdout. What the plugin or a library of
 	// its prints there later goes where logs go.

@@ -1386,6 +1386,7 @@ type Instance struct {
 	RunningTasks  uint32                 `protobuf:"varint,14,opt,name=running_tasks,json=runningTasks,proto3" json:"running_tasks,omitempty"`
 	PendingTasks  uint32                 `protobuf:"varint,15,opt,name=pending_tasks,json=pendingTasks,proto3" json:"pending_tasks,omitempty"`
 	ActivationId  string                 `protobuf:"bytes,16,opt,name=activation_id,json=activationId,proto3" json:"activation_id,omitempty"`
+	Devices       []*Device              `protobuf:"bytes,17,rep,name=devices,proto3" json:"devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1532,6 +1533,175 @@ func (x *Instance) GetActivationId() string {
 	return ""
 }
 
+func (x *Instance) GetDevices() []*Device {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+// Device is an accelerator, camera, serial port or the like of an instance.
+type Device struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Plugin        string                 `protobuf:"bytes,1,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	Ready         bool                   `protobuf:"varint,4,opt,name=ready,proto3" json:"ready,omitempty"`
+	Health        string                 `protobuf:"bytes,5,opt,name=health,proto3" json:"health,omitempty"`  // healthy, unhealthy, unknown
+	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`  // why it is not ready or not healthy
+	Shares        uint32                 `protobuf:"varint,7,opt,name=shares,proto3" json:"shares,omitempty"` // how many containers may have it at a time
+	Attributes    []*Attribute           `protobuf:"bytes,8,rep,name=attributes,proto3" json:"attributes,omitempty"`
+	UsedBy        []*DeviceUse           `protobuf:"bytes,9,rep,name=used_by,json=usedBy,proto3" json:"used_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Device) Reset() {
+	*x = Device{}
+	mi := &file_belay_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Device) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Device) ProtoMessage() {}
+
+func (x *Device) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Device.ProtoReflect.Descriptor instead.
+func (*Device) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Device) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *Device) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Device) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Device) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *Device) GetHealth() string {
+	if x != nil {
+		return x.Health
+	}
+	return ""
+}
+
+func (x *Device) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Device) GetShares() uint32 {
+	if x != nil {
+		return x.Shares
+	}
+	return 0
+}
+
+func (x *Device) GetAttributes() []*Attribute {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+func (x *Device) GetUsedBy() []*DeviceUse {
+	if x != nil {
+		return x.UsedBy
+	}
+	return nil
+}
+
+// DeviceUse is a container that has a device.
+type DeviceUse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	Container     string                 `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceUse) Reset() {
+	*x = DeviceUse{}
+	mi := &file_belay_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceUse) ProtoMessage() {}
+
+func (x *DeviceUse) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceUse.ProtoReflect.Descriptor instead.
+func (*DeviceUse) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *DeviceUse) GetTask() string {
+	if x != nil {
+		return x.Task
+	}
+	return ""
+}
+
+func (x *DeviceUse) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
 type ListInstancesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Page          *Page                  `protobuf:"bytes,1,opt,name=page,proto3" json:"page,omitempty"`
@@ -1543,7 +1713,7 @@ type ListInstancesRequest struct {
 
 func (x *ListInstancesRequest) Reset() {
 	*x = ListInstancesRequest{}
-	mi := &file_belay_proto_msgTypes[23]
+	mi := &file_belay_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1725,7 @@ func (x *ListInstancesRequest) String() string {
 func (*ListInstancesRequest) ProtoMessage() {}
 
 func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[23]
+	mi := &file_belay_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1738,7 @@ func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesRequest.ProtoReflect.Descriptor instead.
 func (*ListInstancesRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{23}
+	return file_belay_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListInstancesRequest) GetPage() *Page {
@@ -1603,7 +1773,7 @@ type ListInstancesResponse struct {
 
 func (x *ListInstancesResponse) Reset() {
 	*x = ListInstancesResponse{}
-	mi := &file_belay_proto_msgTypes[24]
+	mi := &file_belay_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1615,7 +1785,7 @@ func (x *ListInstancesResponse) String() string {
 func (*ListInstancesResponse) ProtoMessage() {}
 
 func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[24]
+	mi := &file_belay_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1628,7 +1798,7 @@ func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesResponse.ProtoReflect.Descriptor instead.
 func (*ListInstancesResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{24}
+	return file_belay_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListInstancesResponse) GetInstances() []*Instance {
@@ -1662,7 +1832,7 @@ type DescribeInstanceRequest struct {
 
 func (x *DescribeInstanceRequest) Reset() {
 	*x = DescribeInstanceRequest{}
-	mi := &file_belay_proto_msgTypes[25]
+	mi := &file_belay_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1844,7 @@ func (x *DescribeInstanceRequest) String() string {
 func (*DescribeInstanceRequest) ProtoMessage() {}
 
 func (x *DescribeInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[25]
+	mi := &file_belay_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1857,7 @@ func (x *DescribeInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeInstanceRequest.ProtoReflect.Descriptor instead.
 func (*DescribeInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{25}
+	return file_belay_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DescribeInstanceRequest) GetId() string {
@@ -1714,7 +1884,7 @@ type DescribeInstanceResponse struct {
 
 func (x *DescribeInstanceResponse) Reset() {
 	*x = DescribeInstanceResponse{}
-	mi := &file_belay_proto_msgTypes[26]
+	mi := &file_belay_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1726,7 +1896,7 @@ func (x *DescribeInstanceResponse) String() string {
 func (*DescribeInstanceResponse) ProtoMessage() {}
 
 func (x *DescribeInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[26]
+	mi := &file_belay_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1739,7 +1909,7 @@ func (x *DescribeInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeInstanceResponse.ProtoReflect.Descriptor instead.
 func (*DescribeInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{26}
+	return file_belay_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DescribeInstanceResponse) GetInstance() *Instance {
@@ -1767,7 +1937,7 @@ type DeregisterInstanceRequest struct {
 
 func (x *DeregisterInstanceRequest) Reset() {
 	*x = DeregisterInstanceRequest{}
-	mi := &file_belay_proto_msgTypes[27]
+	mi := &file_belay_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +1949,7 @@ func (x *DeregisterInstanceRequest) String() string {
 func (*DeregisterInstanceRequest) ProtoMessage() {}
 
 func (x *DeregisterInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[27]
+	mi := &file_belay_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,7 +1962,7 @@ func (x *DeregisterInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterInstanceRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{27}
+	return file_belay_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DeregisterInstanceRequest) GetClientToken() string {
@@ -1826,7 +1996,7 @@ type DeregisterInstanceResponse struct {
 
 func (x *DeregisterInstanceResponse) Reset() {
 	*x = DeregisterInstanceResponse{}
-	mi := &file_belay_proto_msgTypes[28]
+	mi := &file_belay_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +2008,7 @@ func (x *DeregisterInstanceResponse) String() string {
 func (*DeregisterInstanceResponse) ProtoMessage() {}
 
 func (x *DeregisterInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[28]
+	mi := &file_belay_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +2021,7 @@ func (x *DeregisterInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterInstanceResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{28}
+	return file_belay_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DeregisterInstanceResponse) GetInstance() *Instance {
@@ -1882,7 +2052,7 @@ type TaskDefinition struct {
 
 func (x *TaskDefinition) Reset() {
 	*x = TaskDefinition{}
-	mi := &file_belay_proto_msgTypes[29]
+	mi := &file_belay_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1894,7 +2064,7 @@ func (x *TaskDefinition) String() string {
 func (*TaskDefinition) ProtoMessage() {}
 
 func (x *TaskDefinition) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[29]
+	mi := &file_belay_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1907,7 +2077,7 @@ func (x *TaskDefinition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskDefinition.ProtoReflect.Descriptor instead.
 func (*TaskDefinition) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{29}
+	return file_belay_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TaskDefinition) GetFamily() string {
@@ -1962,7 +2132,7 @@ type RegisterTaskDefinitionRequest struct {
 
 func (x *RegisterTaskDefinitionRequest) Reset() {
 	*x = RegisterTaskDefinitionRequest{}
-	mi := &file_belay_proto_msgTypes[30]
+	mi := &file_belay_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2144,7 @@ func (x *RegisterTaskDefinitionRequest) String() string {
 func (*RegisterTaskDefinitionRequest) ProtoMessage() {}
 
 func (x *RegisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[30]
+	mi := &file_belay_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2157,7 @@ func (x *RegisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterTaskDefinitionRequest.ProtoReflect.Descriptor instead.
 func (*RegisterTaskDefinitionRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{30}
+	return file_belay_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RegisterTaskDefinitionRequest) GetClientToken() string {
@@ -2014,7 +2184,7 @@ type RegisterTaskDefinitionResponse struct {
 
 func (x *RegisterTaskDefinitionResponse) Reset() {
 	*x = RegisterTaskDefinitionResponse{}
-	mi := &file_belay_proto_msgTypes[31]
+	mi := &file_belay_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2026,7 +2196,7 @@ func (x *RegisterTaskDefinitionResponse) String() string {
 func (*RegisterTaskDefinitionResponse) ProtoMessage() {}
 
 func (x *RegisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[31]
+	mi := &file_belay_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2039,7 +2209,7 @@ func (x *RegisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterTaskDefinitionResponse.ProtoReflect.Descriptor instead.
 func (*RegisterTaskDefinitionResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{31}
+	return file_belay_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RegisterTaskDefinitionResponse) GetTaskDefinition() *TaskDefinition {
@@ -2068,7 +2238,7 @@ type ListTaskDefinitionsRequest struct {
 
 func (x *ListTaskDefinitionsRequest) Reset() {
 	*x = ListTaskDefinitionsRequest{}
-	mi := &file_belay_proto_msgTypes[32]
+	mi := &file_belay_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2080,7 +2250,7 @@ func (x *ListTaskDefinitionsRequest) String() string {
 func (*ListTaskDefinitionsRequest) ProtoMessage() {}
 
 func (x *ListTaskDefinitionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[32]
+	mi := &file_belay_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2093,7 +2263,7 @@ func (x *ListTaskDefinitionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTaskDefinitionsRequest.ProtoReflect.Descriptor instead.
 func (*ListTaskDefinitionsRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{32}
+	return file_belay_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListTaskDefinitionsRequest) GetPage() *Page {
@@ -2135,7 +2305,7 @@ type ListTaskDefinitionsResponse struct {
 
 func (x *ListTaskDefinitionsResponse) Reset() {
 	*x = ListTaskDefinitionsResponse{}
-	mi := &file_belay_proto_msgTypes[33]
+	mi := &file_belay_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2317,7 @@ func (x *ListTaskDefinitionsResponse) String() string {
 func (*ListTaskDefinitionsResponse) ProtoMessage() {}
 
 func (x *ListTaskDefinitionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[33]
+	mi := &file_belay_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2330,7 @@ func (x *ListTaskDefinitionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTaskDefinitionsResponse.ProtoReflect.Descriptor instead.
 func (*ListTaskDefinitionsResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{33}
+	return file_belay_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListTaskDefinitionsResponse) GetTaskDefinitions() []*TaskDefinition {
@@ -2194,7 +2364,7 @@ type DescribeTaskDefinitionRequest struct {
 
 func (x *DescribeTaskDefinitionRequest) Reset() {
 	*x = DescribeTaskDefinitionRequest{}
-	mi := &file_belay_proto_msgTypes[34]
+	mi := &file_belay_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2206,7 +2376,7 @@ func (x *DescribeTaskDefinitionRequest) String() string {
 func (*DescribeTaskDefinitionRequest) ProtoMessage() {}
 
 func (x *DescribeTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[34]
+	mi := &file_belay_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2219,7 +2389,7 @@ func (x *DescribeTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskDefinitionRequest.ProtoReflect.Descriptor instead.
 func (*DescribeTaskDefinitionRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{34}
+	return file_belay_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DescribeTaskDefinitionRequest) GetTaskDefinition() string {
@@ -2246,7 +2416,7 @@ type DescribeTaskDefinitionResponse struct {
 
 func (x *DescribeTaskDefinitionResponse) Reset() {
 	*x = DescribeTaskDefinitionResponse{}
-	mi := &file_belay_proto_msgTypes[35]
+	mi := &file_belay_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2258,7 +2428,7 @@ func (x *DescribeTaskDefinitionResponse) String() string {
 func (*DescribeTaskDefinitionResponse) ProtoMessage() {}
 
 func (x *DescribeTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[35]
+	mi := &file_belay_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2271,7 +2441,7 @@ func (x *DescribeTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskDefinitionResponse.ProtoReflect.Descriptor instead.
 func (*DescribeTaskDefinitionResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{35}
+	return file_belay_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DescribeTaskDefinitionResponse) GetTaskDefinition() *TaskDefinition {
@@ -2298,7 +2468,7 @@ type DeregisterTaskDefinitionRequest struct {
 
 func (x *DeregisterTaskDefinitionRequest) Reset() {
 	*x = DeregisterTaskDefinitionRequest{}
-	mi := &file_belay_proto_msgTypes[36]
+	mi := &file_belay_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2310,7 +2480,7 @@ func (x *DeregisterTaskDefinitionRequest) String() string {
 func (*DeregisterTaskDefinitionRequest) ProtoMessage() {}
 
 func (x *DeregisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[36]
+	mi := &file_belay_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2323,7 +2493,7 @@ func (x *DeregisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterTaskDefinitionRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterTaskDefinitionRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{36}
+	return file_belay_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DeregisterTaskDefinitionRequest) GetClientToken() string {
@@ -2350,7 +2520,7 @@ type DeregisterTaskDefinitionResponse struct {
 
 func (x *DeregisterTaskDefinitionResponse) Reset() {
 	*x = DeregisterTaskDefinitionResponse{}
-	mi := &file_belay_proto_msgTypes[37]
+	mi := &file_belay_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2362,7 +2532,7 @@ func (x *DeregisterTaskDefinitionResponse) String() string {
 func (*DeregisterTaskDefinitionResponse) ProtoMessage() {}
 
 func (x *DeregisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[37]
+	mi := &file_belay_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2375,7 +2545,7 @@ func (x *DeregisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterTaskDefinitionResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterTaskDefinitionResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{37}
+	return file_belay_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DeregisterTaskDefinitionResponse) GetTaskDefinition() *TaskDefinition {
@@ -2404,7 +2574,7 @@ type PortMapping struct {
 
 func (x *PortMapping) Reset() {
 	*x = PortMapping{}
-	mi := &file_belay_proto_msgTypes[38]
+	mi := &file_belay_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2416,7 +2586,7 @@ func (x *PortMapping) String() string {
 func (*PortMapping) ProtoMessage() {}
 
 func (x *PortMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[38]
+	mi := &file_belay_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2429,7 +2599,7 @@ func (x *PortMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PortMapping.ProtoReflect.Descriptor instead.
 func (*PortMapping) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{38}
+	return file_belay_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PortMapping) GetName() string {
@@ -2472,7 +2642,7 @@ type PullProgress struct {
 
 func (x *PullProgress) Reset() {
 	*x = PullProgress{}
-	mi := &file_belay_proto_msgTypes[39]
+	mi := &file_belay_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2654,7 @@ func (x *PullProgress) String() string {
 func (*PullProgress) ProtoMessage() {}
 
 func (x *PullProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[39]
+	mi := &file_belay_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +2667,7 @@ func (x *PullProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullProgress.ProtoReflect.Descriptor instead.
 func (*PullProgress) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{39}
+	return file_belay_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PullProgress) GetLayers() uint32 {
@@ -2545,13 +2715,14 @@ type Container struct {
 	Ip              string                 `protobuf:"bytes,13,opt,name=ip,proto3" json:"ip,omitempty"`
 	Essential       bool                   `protobuf:"varint,14,opt,name=essential,proto3" json:"essential,omitempty"`
 	Pull            *PullProgress          `protobuf:"bytes,15,opt,name=pull,proto3" json:"pull,omitempty"`
+	Devices         []*DeviceRef           `protobuf:"bytes,16,rep,name=devices,proto3" json:"devices,omitempty"` // chosen for the latest attempt
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_belay_proto_msgTypes[40]
+	mi := &file_belay_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2563,7 +2734,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[40]
+	mi := &file_belay_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2576,7 +2747,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{40}
+	return file_belay_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Container) GetName() string {
@@ -2684,6 +2855,65 @@ func (x *Container) GetPull() *PullProgress {
 	return nil
 }
 
+func (x *Container) GetDevices() []*DeviceRef {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+type DeviceRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Plugin        string                 `protobuf:"bytes,1,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceRef) Reset() {
+	*x = DeviceRef{}
+	mi := &file_belay_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceRef) ProtoMessage() {}
+
+func (x *DeviceRef) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceRef.ProtoReflect.Descriptor instead.
+func (*DeviceRef) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *DeviceRef) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *DeviceRef) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type Task struct {
 	state             protoimpl.MessageState `protogen:"open.v1"`
 	Id                string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2712,7 +2942,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_belay_proto_msgTypes[41]
+	mi := &file_belay_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2724,7 +2954,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[41]
+	mi := &file_belay_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2737,7 +2967,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{41}
+	return file_belay_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Task) GetId() string {
@@ -2891,7 +3121,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_belay_proto_msgTypes[42]
+	mi := &file_belay_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2903,7 +3133,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[42]
+	mi := &file_belay_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2916,7 +3146,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{42}
+	return file_belay_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Placement) GetReason() string {
@@ -2955,7 +3185,7 @@ type RunTaskRequest struct {
 
 func (x *RunTaskRequest) Reset() {
 	*x = RunTaskRequest{}
-	mi := &file_belay_proto_msgTypes[43]
+	mi := &file_belay_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2967,7 +3197,7 @@ func (x *RunTaskRequest) String() string {
 func (*RunTaskRequest) ProtoMessage() {}
 
 func (x *RunTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[43]
+	mi := &file_belay_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2980,7 +3210,7 @@ func (x *RunTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunTaskRequest.ProtoReflect.Descriptor instead.
 func (*RunTaskRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{43}
+	return file_belay_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RunTaskRequest) GetClientToken() string {
@@ -3043,7 +3273,7 @@ type RunTaskResponse struct {
 
 func (x *RunTaskResponse) Reset() {
 	*x = RunTaskResponse{}
-	mi := &file_belay_proto_msgTypes[44]
+	mi := &file_belay_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3055,7 +3285,7 @@ func (x *RunTaskResponse) String() string {
 func (*RunTaskResponse) ProtoMessage() {}
 
 func (x *RunTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[44]
+	mi := &file_belay_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3068,7 +3298,7 @@ func (x *RunTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunTaskResponse.ProtoReflect.Descriptor instead.
 func (*RunTaskResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{44}
+	return file_belay_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RunTaskResponse) GetTasks() []*Task {
@@ -3108,7 +3338,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_belay_proto_msgTypes[45]
+	mi := &file_belay_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3120,7 +3350,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[45]
+	mi := &file_belay_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3133,7 +3363,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{45}
+	return file_belay_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListTasksRequest) GetPage() *Page {
@@ -3203,7 +3433,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_belay_proto_msgTypes[46]
+	mi := &file_belay_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3215,7 +3445,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[46]
+	mi := &file_belay_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3228,7 +3458,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{46}
+	return file_belay_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -3262,7 +3492,7 @@ type DescribeTaskRequest struct {
 
 func (x *DescribeTaskRequest) Reset() {
 	*x = DescribeTaskRequest{}
-	mi := &file_belay_proto_msgTypes[47]
+	mi := &file_belay_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3274,7 +3504,7 @@ func (x *DescribeTaskRequest) String() string {
 func (*DescribeTaskRequest) ProtoMessage() {}
 
 func (x *DescribeTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[47]
+	mi := &file_belay_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3287,7 +3517,7 @@ func (x *DescribeTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskRequest.ProtoReflect.Descriptor instead.
 func (*DescribeTaskRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{47}
+	return file_belay_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *DescribeTaskRequest) GetId() string {
@@ -3314,7 +3544,7 @@ type DescribeTaskResponse struct {
 
 func (x *DescribeTaskResponse) Reset() {
 	*x = DescribeTaskResponse{}
-	mi := &file_belay_proto_msgTypes[48]
+	mi := &file_belay_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3326,7 +3556,7 @@ func (x *DescribeTaskResponse) String() string {
 func (*DescribeTaskResponse) ProtoMessage() {}
 
 func (x *DescribeTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[48]
+	mi := &file_belay_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3339,7 +3569,7 @@ func (x *DescribeTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskResponse.ProtoReflect.Descriptor instead.
 func (*DescribeTaskResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{48}
+	return file_belay_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *DescribeTaskResponse) GetTask() *Task {
@@ -3367,7 +3597,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_belay_proto_msgTypes[49]
+	mi := &file_belay_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3379,7 +3609,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[49]
+	mi := &file_belay_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3392,7 +3622,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{49}
+	return file_belay_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StopTaskRequest) GetClientToken() string {
@@ -3426,7 +3656,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_belay_proto_msgTypes[50]
+	mi := &file_belay_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3438,7 +3668,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[50]
+	mi := &file_belay_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3451,7 +3681,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{50}
+	return file_belay_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *StopTaskResponse) GetTask() *Task {
@@ -3478,7 +3708,7 @@ type WatchTasksRequest struct {
 
 func (x *WatchTasksRequest) Reset() {
 	*x = WatchTasksRequest{}
-	mi := &file_belay_proto_msgTypes[51]
+	mi := &file_belay_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3490,7 +3720,7 @@ func (x *WatchTasksRequest) String() string {
 func (*WatchTasksRequest) ProtoMessage() {}
 
 func (x *WatchTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[51]
+	mi := &file_belay_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3503,7 +3733,7 @@ func (x *WatchTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTasksRequest.ProtoReflect.Descriptor instead.
 func (*WatchTasksRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{51}
+	return file_belay_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *WatchTasksRequest) GetIds() []string {
@@ -3530,7 +3760,7 @@ type WatchTasksResponse struct {
 
 func (x *WatchTasksResponse) Reset() {
 	*x = WatchTasksResponse{}
-	mi := &file_belay_proto_msgTypes[52]
+	mi := &file_belay_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3542,7 +3772,7 @@ func (x *WatchTasksResponse) String() string {
 func (*WatchTasksResponse) ProtoMessage() {}
 
 func (x *WatchTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[52]
+	mi := &file_belay_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3555,7 +3785,7 @@ func (x *WatchTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTasksResponse.ProtoReflect.Descriptor instead.
 func (*WatchTasksResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{52}
+	return file_belay_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *WatchTasksResponse) GetTask() *Task {
@@ -3584,7 +3814,7 @@ type TaskLogsRequest struct {
 
 func (x *TaskLogsRequest) Reset() {
 	*x = TaskLogsRequest{}
-	mi := &file_belay_proto_msgTypes[53]
+	mi := &file_belay_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3596,7 +3826,7 @@ func (x *TaskLogsRequest) String() string {
 func (*TaskLogsRequest) ProtoMessage() {}
 
 func (x *TaskLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[53]
+	mi := &file_belay_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3609,7 +3839,7 @@ func (x *TaskLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskLogsRequest.ProtoReflect.Descriptor instead.
 func (*TaskLogsRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{53}
+	return file_belay_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *TaskLogsRequest) GetId() string {
@@ -3650,7 +3880,7 @@ type TaskLogsResponse struct {
 
 func (x *TaskLogsResponse) Reset() {
 	*x = TaskLogsResponse{}
-	mi := &file_belay_proto_msgTypes[54]
+	mi := &file_belay_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3662,7 +3892,7 @@ func (x *TaskLogsResponse) String() string {
 func (*TaskLogsResponse) ProtoMessage() {}
 
 func (x *TaskLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[54]
+	mi := &file_belay_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3675,7 +3905,7 @@ func (x *TaskLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskLogsResponse.ProtoReflect.Descriptor instead.
 func (*TaskLogsResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{54}
+	return file_belay_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *TaskLogsResponse) GetStream() string {
@@ -3803,7 +4033,7 @@ const file_belay_proto_rawDesc = "" +
 	"\n" +
 	"registered\x18\x01 \x01(\v2\x13.belay.v1.ResourcesR\n" +
 	"registered\x121\n" +
-	"\tremaining\x18\x02 \x01(\v2\x13.belay.v1.ResourcesR\tremaining\"\xbe\x04\n" +
+	"\tremaining\x18\x02 \x01(\v2\x13.belay.v1.ResourcesR\tremaining\"\xea\x04\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x16\n" +
@@ -3824,7 +4054,23 @@ const file_belay_proto_rawDesc = "" +
 	"\aplugins\x18\r \x03(\v2\x10.belay.v1.PluginR\aplugins\x12#\n" +
 	"\rrunning_tasks\x18\x0e \x01(\rR\frunningTasks\x12#\n" +
 	"\rpending_tasks\x18\x0f \x01(\rR\fpendingTasks\x12#\n" +
-	"\ractivation_id\x18\x10 \x01(\tR\factivationId\"x\n" +
+	"\ractivation_id\x18\x10 \x01(\tR\factivationId\x12*\n" +
+	"\adevices\x18\x11 \x03(\v2\x10.belay.v1.DeviceR\adevices\"\x85\x02\n" +
+	"\x06Device\x12\x16\n" +
+	"\x06plugin\x18\x01 \x01(\tR\x06plugin\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05ready\x18\x04 \x01(\bR\x05ready\x12\x16\n" +
+	"\x06health\x18\x05 \x01(\tR\x06health\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06shares\x18\a \x01(\rR\x06shares\x123\n" +
+	"\n" +
+	"attributes\x18\b \x03(\v2\x13.belay.v1.AttributeR\n" +
+	"attributes\x12,\n" +
+	"\aused_by\x18\t \x03(\v2\x13.belay.v1.DeviceUseR\x06usedBy\"=\n" +
+	"\tDeviceUse\x12\x12\n" +
+	"\x04task\x18\x01 \x01(\tR\x04task\x12\x1c\n" +
+	"\tcontainer\x18\x02 \x01(\tR\tcontainer\"x\n" +
 	"\x14ListInstancesRequest\x12\"\n" +
 	"\x04page\x18\x01 \x01(\v2\x0e.belay.v1.PageR\x04page\x12\"\n" +
 	"\x04read\x18\x02 \x01(\v2\x0e.belay.v1.ReadR\x04read\x12\x18\n" +
@@ -3892,7 +4138,7 @@ const file_belay_proto_rawDesc = "" +
 	"\vlayers_done\x18\x02 \x01(\rR\n" +
 	"layersDone\x12\x10\n" +
 	"\x03kib\x18\x03 \x01(\rR\x03kib\x12\x19\n" +
-	"\bkib_done\x18\x04 \x01(\rR\akibDone\"\xe9\x03\n" +
+	"\bkib_done\x18\x04 \x01(\rR\akibDone\"\x98\x04\n" +
 	"\tContainer\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
 	"\vlast_status\x18\x02 \x01(\tR\n" +
@@ -3911,9 +4157,13 @@ const file_belay_proto_rawDesc = "" +
 	"\x10network_bindings\x18\f \x03(\v2\x15.belay.v1.PortMappingR\x0fnetworkBindings\x12\x0e\n" +
 	"\x02ip\x18\r \x01(\tR\x02ip\x12\x1c\n" +
 	"\tessential\x18\x0e \x01(\bR\tessential\x12*\n" +
-	"\x04pull\x18\x0f \x01(\v2\x16.belay.v1.PullProgressR\x04pullB\f\n" +
+	"\x04pull\x18\x0f \x01(\v2\x16.belay.v1.PullProgressR\x04pull\x12-\n" +
+	"\adevices\x18\x10 \x03(\v2\x13.belay.v1.DeviceRefR\adevicesB\f\n" +
 	"\n" +
-	"_exit_code\"\x85\x05\n" +
+	"_exit_code\"3\n" +
+	"\tDeviceRef\x12\x16\n" +
+	"\x06plugin\x18\x01 \x01(\tR\x06plugin\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"\x85\x05\n" +
 	"\x04Task\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12'\n" +
@@ -4038,7 +4288,7 @@ func file_belay_proto_rawDescGZIP() []byte {
 	return file_belay_proto_rawDescData
 }
 
-var file_belay_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_belay_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_belay_proto_goTypes = []any{
 	(*Page)(nil),                             // 0: belay.v1.Page
 	(*Read)(nil),                             // 1: belay.v1.Read
@@ -4063,38 +4313,41 @@ var file_belay_proto_goTypes = []any{
 	(*Plugin)(nil),                           // 20: belay.v1.Plugin
 	(*InstanceResources)(nil),                // 21: belay.v1.InstanceResources
 	(*Instance)(nil),                         // 22: belay.v1.Instance
-	(*ListInstancesRequest)(nil),             // 23: belay.v1.ListInstancesRequest
-	(*ListInstancesResponse)(nil),            // 24: belay.v1.ListInstancesResponse
-	(*DescribeInstanceRequest)(nil),          // 25: belay.v1.DescribeInstanceRequest
-	(*DescribeInstanceResponse)(nil),         // 26: belay.v1.DescribeInstanceResponse
-	(*DeregisterInstanceRequest)(nil),        // 27: belay.v1.DeregisterInstanceRequest
-	(*DeregisterInstanceResponse)(nil),       // 28: belay.v1.DeregisterInstanceResponse
-	(*TaskDefinition)(nil),                   // 29: belay.v1.TaskDefinition
-	(*RegisterTaskDefinitionRequest)(nil),    // 30: belay.v1.RegisterTaskDefinitionRequest
-	(*RegisterTaskDefinitionResponse)(nil),   // 31: belay.v1.RegisterTaskDefinitionResponse
-	(*ListTaskDefinitionsRequest)(nil),       // 32: belay.v1.ListTaskDefinitionsRequest
-	(*ListTaskDefinitionsResponse)(nil),      // 33: belay.v1.ListTaskDefinitionsResponse
-	(*DescribeTaskDefinitionRequest)(nil),    // 34: belay.v1.DescribeTaskDefinitionRequest
-	(*DescribeTaskDefinitionResponse)(nil),   // 35: belay.v1.DescribeTaskDefinitionResponse
-	(*DeregisterTaskDefinitionRequest)(nil),  // 36: belay.v1.DeregisterTaskDefinitionRequest
-	(*DeregisterTaskDefinitionResponse)(nil), // 37: belay.v1.DeregisterTaskDefinitionResponse
-	(*PortMapping)(nil),                      // 38: belay.v1.PortMapping
-	(*PullProgress)(nil),                     // 39: belay.v1.PullProgress
-	(*Container)(nil),                        // 40: belay.v1.Container
-	(*Task)(nil),                             // 41: belay.v1.Task
-	(*Placement)(nil),                        // 42: belay.v1.Placement
-	(*RunTaskRequest)(nil),                   // 43: belay.v1.RunTaskRequest
-	(*RunTaskResponse)(nil),                  // 44: belay.v1.RunTaskResponse
-	(*ListTasksRequest)(nil),                 // 45: belay.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),                // 46: belay.v1.ListTasksResponse
-	(*DescribeTaskRequest)(nil),              // 47: belay.v1.DescribeTaskRequest
-	(*DescribeTaskResponse)(nil),             // 48: belay.v1.DescribeTaskResponse
-	(*StopTaskRequest)(nil),                  // 49: belay.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),                 // 50: belay.v1.StopTaskResponse
-	(*WatchTasksRequest)(nil),                // 51: belay.v1.WatchTasksRequest
-	(*WatchTasksResponse)(nil),               // 52: belay.v1.WatchTasksResponse
-	(*TaskLogsRequest)(nil),                  // 53: belay.v1.TaskLogsRequest
-	(*TaskLogsResponse)(nil),                 // 54: belay.v1.TaskLogsResponse
+	(*Device)(nil),                           // 23: belay.v1.Device
+	(*DeviceUse)(nil),                        // 24: belay.v1.DeviceUse
+	(*ListInstancesRequest)(nil),             // 25: belay.v1.ListInstancesRequest
+	(*ListInstancesResponse)(nil),            // 26: belay.v1.ListInstancesResponse
+	(*DescribeInstanceRequest)(nil),          // 27: belay.v1.DescribeInstanceRequest
+	(*DescribeInstanceResponse)(nil),         // 28: belay.v1.DescribeInstanceResponse
+	(*DeregisterInstanceRequest)(nil),        // 29: belay.v1.DeregisterInstanceRequest
+	(*DeregisterInstanceResponse)(nil),       // 30: belay.v1.DeregisterInstanceResponse
+	(*TaskDefinition)(nil),                   // 31: belay.v1.TaskDefinition
+	(*RegisterTaskDefinitionRequest)(nil),    // 32: belay.v1.RegisterTaskDefinitionRequest
+	(*RegisterTaskDefinitionResponse)(nil),   // 33: belay.v1.RegisterTaskDefinitionResponse
+	(*ListTaskDefinitionsRequest)(nil),       // 34: belay.v1.ListTaskDefinitionsRequest
+	(*ListTaskDefinitionsResponse)(nil),      // 35: belay.v1.ListTaskDefinitionsResponse
+	(*DescribeTaskDefinitionRequest)(nil),    // 36: belay.v1.DescribeTaskDefinitionRequest
+	(*DescribeTaskDefinitionResponse)(nil),   // 37: belay.v1.DescribeTaskDefinitionResponse
+	(*DeregisterTaskDefinitionRequest)(nil),  // 38: belay.v1.DeregisterTaskDefinitionRequest
+	(*DeregisterTaskDefinitionResponse)(nil), // 39: belay.v1.DeregisterTaskDefinitionResponse
+	(*PortMapping)(nil),                      // 40: belay.v1.PortMapping
+	(*PullProgress)(nil),                     // 41: belay.v1.PullProgress
+	(*Container)(nil),                        // 42: belay.v1.Container
+	(*DeviceRef)(nil),                        // 43: belay.v1.DeviceRef
+	(*Task)(nil),                             // 44: belay.v1.Task
+	(*Placement)(nil),                        // 45: belay.v1.Placement
+	(*RunTaskRequest)(nil),                   // 46: belay.v1.RunTaskRequest
+	(*RunTaskResponse)(nil),                  // 47: belay.v1.RunTaskResponse
+	(*ListTasksRequest)(nil),                 // 48: belay.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),                // 49: belay.v1.ListTasksResponse
+	(*DescribeTaskRequest)(nil),              // 50: belay.v1.DescribeTaskRequest
+	(*DescribeTaskResponse)(nil),             // 51: belay.v1.DescribeTaskResponse
+	(*StopTaskRequest)(nil),                  // 52: belay.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),                 // 53: belay.v1.StopTaskResponse
+	(*WatchTasksRequest)(nil),                // 54: belay.v1.WatchTasksRequest
+	(*WatchTasksResponse)(nil),               // 55: belay.v1.WatchTasksResponse
+	(*TaskLogsRequest)(nil),                  // 56: belay.v1.TaskLogsRequest
+	(*TaskLogsResponse)(nil),                 // 57: belay.v1.TaskLogsResponse
 }
 var file_belay_proto_depIdxs = []int32{
 	2,  // 0: belay.v1.Activation.attributes:type_name -> belay.v1.Attribute
@@ -4114,77 +4367,81 @@ var file_belay_proto_depIdxs = []int32{
 	2,  // 14: belay.v1.Instance.attributes:type_name -> belay.v1.Attribute
 	21, // 15: belay.v1.Instance.resources:type_name -> belay.v1.InstanceResources
 	20, // 16: belay.v1.Instance.plugins:type_name -> belay.v1.Plugin
-	0,  // 17: belay.v1.ListInstancesRequest.page:type_name -> belay.v1.Page
-	1,  // 18: belay.v1.ListInstancesRequest.read:type_name -> belay.v1.Read
-	22, // 19: belay.v1.ListInstancesResponse.instances:type_name -> belay.v1.Instance
-	1,  // 20: belay.v1.DescribeInstanceRequest.read:type_name -> belay.v1.Read
-	22, // 21: belay.v1.DescribeInstanceResponse.instance:type_name -> belay.v1.Instance
-	22, // 22: belay.v1.DeregisterInstanceResponse.instance:type_name -> belay.v1.Instance
-	29, // 23: belay.v1.RegisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
-	0,  // 24: belay.v1.ListTaskDefinitionsRequest.page:type_name -> belay.v1.Page
-	1,  // 25: belay.v1.ListTaskDefinitionsRequest.read:type_name -> belay.v1.Read
-	29, // 26: belay.v1.ListTaskDefinitionsResponse.task_definitions:type_name -> belay.v1.TaskDefinition
-	1,  // 27: belay.v1.DescribeTaskDefinitionRequest.read:type_name -> belay.v1.Read
-	29, // 28: belay.v1.DescribeTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
-	29, // 29: belay.v1.DeregisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
-	38, // 30: belay.v1.Container.network_bindings:type_name -> belay.v1.PortMapping
-	39, // 31: belay.v1.Container.pull:type_name -> belay.v1.PullProgress
-	40, // 32: belay.v1.Task.containers:type_name -> belay.v1.Container
-	41, // 33: belay.v1.RunTaskResponse.tasks:type_name -> belay.v1.Task
-	42, // 34: belay.v1.RunTaskResponse.failures:type_name -> belay.v1.Placement
-	0,  // 35: belay.v1.ListTasksRequest.page:type_name -> belay.v1.Page
-	1,  // 36: belay.v1.ListTasksRequest.read:type_name -> belay.v1.Read
-	41, // 37: belay.v1.ListTasksResponse.tasks:type_name -> belay.v1.Task
-	1,  // 38: belay.v1.DescribeTaskRequest.read:type_name -> belay.v1.Read
-	41, // 39: belay.v1.DescribeTaskResponse.task:type_name -> belay.v1.Task
-	41, // 40: belay.v1.StopTaskResponse.task:type_name -> belay.v1.Task
-	1,  // 41: belay.v1.WatchTasksRequest.read:type_name -> belay.v1.Read
-	41, // 42: belay.v1.WatchTasksResponse.task:type_name -> belay.v1.Task
-	4,  // 43: belay.v1.Belay.CreateActivation:input_type -> belay.v1.CreateActivationRequest
-	6,  // 44: belay.v1.Belay.ListActivations:input_type -> belay.v1.ListActivationsRequest
-	8,  // 45: belay.v1.Belay.DeleteActivation:input_type -> belay.v1.DeleteActivationRequest
-	11, // 46: belay.v1.Belay.CreateCluster:input_type -> belay.v1.CreateClusterRequest
-	13, // 47: belay.v1.Belay.ListClusters:input_type -> belay.v1.ListClustersRequest
-	15, // 48: belay.v1.Belay.DescribeCluster:input_type -> belay.v1.DescribeClusterRequest
-	17, // 49: belay.v1.Belay.DeleteCluster:input_type -> belay.v1.DeleteClusterRequest
-	23, // 50: belay.v1.Belay.ListInstances:input_type -> belay.v1.ListInstancesRequest
-	25, // 51: belay.v1.Belay.DescribeInstance:input_type -> belay.v1.DescribeInstanceRequest
-	27, // 52: belay.v1.Belay.DeregisterInstance:input_type -> belay.v1.DeregisterInstanceRequest
-	30, // 53: belay.v1.Belay.RegisterTaskDefinition:input_type -> belay.v1.RegisterTaskDefinitionRequest
-	32, // 54: belay.v1.Belay.ListTaskDefinitions:input_type -> belay.v1.ListTaskDefinitionsRequest
-	34, // 55: belay.v1.Belay.DescribeTaskDefinition:input_type -> belay.v1.DescribeTaskDefinitionRequest
-	36, // 56: belay.v1.Belay.DeregisterTaskDefinition:input_type -> belay.v1.DeregisterTaskDefinitionRequest
-	43, // 57: belay.v1.Belay.RunTask:input_type -> belay.v1.RunTaskRequest
-	45, // 58: belay.v1.Belay.ListTasks:input_type -> belay.v1.ListTasksRequest
-	47, // 59: belay.v1.Belay.DescribeTask:input_type -> belay.v1.DescribeTaskRequest
-	49, // 60: belay.v1.Belay.StopTask:input_type -> belay.v1.StopTaskRequest
-	51, // 61: belay.v1.Belay.WatchTasks:input_type -> belay.v1.WatchTasksRequest
-	53, // 62: belay.v1.Belay.TaskLogs:input_type -> belay.v1.TaskLogsRequest
-	5,  // 63: belay.v1.Belay.CreateActivation:output_type -> belay.v1.CreateActivationResponse
-	7,  // 64: belay.v1.Belay.ListActivations:output_type -> belay.v1.ListActivationsResponse
-	9,  // 65: belay.v1.Belay.DeleteActivation:output_type -> belay.v1.DeleteActivationResponse
-	12, // 66: belay.v1.Belay.CreateCluster:output_type -> belay.v1.CreateClusterResponse
-	14, // 67: belay.v1.Belay.ListClusters:output_type -> belay.v1.ListClustersResponse
-	16, // 68: belay.v1.Belay.DescribeCluster:output_type -> belay.v1.DescribeClusterResponse
-	18, // 69: belay.v1.Belay.DeleteCluster:output_type -> belay.v1.DeleteClusterResponse
-	24, // 70: belay.v1.Belay.ListInstances:output_type -> belay.v1.ListInstancesResponse
-	26, // 71: belay.v1.Belay.DescribeInstance:output_type -> belay.v1.DescribeInstanceResponse
-	28, // 72: belay.v1.Belay.DeregisterInstance:output_type -> belay.v1.DeregisterInstanceResponse
-	31, // 73: belay.v1.Belay.RegisterTaskDefinition:output_type -> belay.v1.RegisterTaskDefinitionResponse
-	33, // 74: belay.v1.Belay.ListTaskDefinitions:output_type -> belay.v1.ListTaskDefinitionsResponse
-	35, // 75: belay.v1.Belay.DescribeTaskDefinition:output_type -> belay.v1.DescribeTaskDefinitionResponse
-	37, // 76: belay.v1.Belay.DeregisterTaskDefinition:output_type -> belay.v1.DeregisterTaskDefinitionResponse
-	44, // 77: belay.v1.Belay.RunTask:output_type -> belay.v1.RunTaskResponse
-	46, // 78: belay.v1.Belay.ListTasks:output_type -> belay.v1.ListTasksResponse
-	48, // 79: belay.v1.Belay.DescribeTask:output_type -> belay.v1.DescribeTaskResponse
-	50, // 80: belay.v1.Belay.StopTask:output_type -> belay.v1.StopTaskResponse
-	52, // 81: belay.v1.Belay.WatchTasks:output_type -> belay.v1.WatchTasksResponse
-	54, // 82: belay.v1.Belay.TaskLogs:output_type -> belay.v1.TaskLogsResponse
-	63, // [63:83] is the sub-list for method output_type
-	43, // [43:63] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	23, // 17: belay.v1.Instance.devices:type_name -> belay.v1.Device
+	2,  // 18: belay.v1.Device.attributes:type_name -> belay.v1.Attribute
+	24, // 19: belay.v1.Device.used_by:type_name -> belay.v1.DeviceUse
+	0,  // 20: belay.v1.ListInstancesRequest.page:type_name -> belay.v1.Page
+	1,  // 21: belay.v1.ListInstancesRequest.read:type_name -> belay.v1.Read
+	22, // 22: belay.v1.ListInstancesResponse.instances:type_name -> belay.v1.Instance
+	1,  // 23: belay.v1.DescribeInstanceRequest.read:type_name -> belay.v1.Read
+	22, // 24: belay.v1.DescribeInstanceResponse.instance:type_name -> belay.v1.Instance
+	22, // 25: belay.v1.DeregisterInstanceResponse.instance:type_name -> belay.v1.Instance
+	31, // 26: belay.v1.RegisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
+	0,  // 27: belay.v1.ListTaskDefinitionsRequest.page:type_name -> belay.v1.Page
+	1,  // 28: belay.v1.ListTaskDefinitionsRequest.read:type_name -> belay.v1.Read
+	31, // 29: belay.v1.ListTaskDefinitionsResponse.task_definitions:type_name -> belay.v1.TaskDefinition
+	1,  // 30: belay.v1.DescribeTaskDefinitionRequest.read:type_name -> belay.v1.Read
+	31, // 31: belay.v1.DescribeTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
+	31, // 32: belay.v1.DeregisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
+	40, // 33: belay.v1.Container.network_bindings:type_name -> belay.v1.PortMapping
+	41, // 34: belay.v1.Container.pull:type_name -> belay.v1.PullProgress
+	43, // 35: belay.v1.Container.devices:type_name -> belay.v1.DeviceRef
+	42, // 36: belay.v1.Task.containers:type_name -> belay.v1.Container
+	44, // 37: belay.v1.RunTaskResponse.tasks:type_name -> belay.v1.Task
+	45, // 38: belay.v1.RunTaskResponse.failures:type_name -> belay.v1.Placement
+	0,  // 39: belay.v1.ListTasksRequest.page:type_name -> belay.v1.Page
+	1,  // 40: belay.v1.ListTasksRequest.read:type_name -> belay.v1.Read
+	44, // 41: belay.v1.ListTasksResponse.tasks:type_name -> belay.v1.Task
+	1,  // 42: belay.v1.DescribeTaskRequest.read:type_name -> belay.v1.Read
+	44, // 43: belay.v1.DescribeTaskResponse.task:type_name -> belay.v1.Task
+	44, // 44: belay.v1.StopTaskResponse.task:type_name -> belay.v1.Task
+	1,  // 45: belay.v1.WatchTasksRequest.read:type_name -> belay.v1.Read
+	44, // 46: belay.v1.WatchTasksResponse.task:type_name -> belay.v1.Task
+	4,  // 47: belay.v1.Belay.CreateActivation:input_type -> belay.v1.CreateActivationRequest
+	6,  // 48: belay.v1.Belay.ListActivations:input_type -> belay.v1.ListActivationsRequest
+	8,  // 49: belay.v1.Belay.DeleteActivation:input_type -> belay.v1.DeleteActivationRequest
+	11, // 50: belay.v1.Belay.CreateCluster:input_type -> belay.v1.CreateClusterRequest
+	13, // 51: belay.v1.Belay.ListClusters:input_type -> belay.v1.ListClustersRequest
+	15, // 52: belay.v1.Belay.DescribeCluster:input_type -> belay.v1.DescribeClusterRequest
+	17, // 53: belay.v1.Belay.DeleteCluster:input_type -> belay.v1.DeleteClusterRequest
+	25, // 54: belay.v1.Belay.ListInstances:input_type -> belay.v1.ListInstancesRequest
+	27, // 55: belay.v1.Belay.DescribeInstance:input_type -> belay.v1.DescribeInstanceRequest
+	29, // 56: belay.v1.Belay.DeregisterInstance:input_type -> belay.v1.DeregisterInstanceRequest
+	32, // 57: belay.v1.Belay.RegisterTaskDefinition:input_type -> belay.v1.RegisterTaskDefinitionRequest
+	34, // 58: belay.v1.Belay.ListTaskDefinitions:input_type -> belay.v1.ListTaskDefinitionsRequest
+	36, // 59: belay.v1.Belay.DescribeTaskDefinition:input_type -> belay.v1.DescribeTaskDefinitionRequest
+	38, // 60: belay.v1.Belay.DeregisterTaskDefinition:input_type -> belay.v1.DeregisterTaskDefinitionRequest
+	46, // 61: belay.v1.Belay.RunTask:input_type -> belay.v1.RunTaskRequest
+	48, // 62: belay.v1.Belay.ListTasks:input_type -> belay.v1.ListTasksRequest
+	50, // 63: belay.v1.Belay.DescribeTask:input_type -> belay.v1.DescribeTaskRequest
+	52, // 64: belay.v1.Belay.StopTask:input_type -> belay.v1.StopTaskRequest
+	54, // 65: belay.v1.Belay.WatchTasks:input_type -> belay.v1.WatchTasksRequest
+	56, // 66: belay.v1.Belay.TaskLogs:input_type -> belay.v1.TaskLogsRequest
+	5,  // 67: belay.v1.Belay.CreateActivation:output_type -> belay.v1.CreateActivationResponse
+	7,  // 68: belay.v1.Belay.ListActivations:output_type -> belay.v1.ListActivationsResponse
+	9,  // 69: belay.v1.Belay.DeleteActivation:output_type -> belay.v1.DeleteActivationResponse
+	12, // 70: belay.v1.Belay.CreateCluster:output_type -> belay.v1.CreateClusterResponse
+	14, // 71: belay.v1.Belay.ListClusters:output_type -> belay.v1.ListClustersResponse
+	16, // 72: belay.v1.Belay.DescribeCluster:output_type -> belay.v1.DescribeClusterResponse
+	18, // 73: belay.v1.Belay.DeleteCluster:output_type -> belay.v1.DeleteClusterResponse
+	26, // 74: belay.v1.Belay.ListInstances:output_type -> belay.v1.ListInstancesResponse
+	28, // 75: belay.v1.Belay.DescribeInstance:output_type -> belay.v1.DescribeInstanceResponse
+	30, // 76: belay.v1.Belay.DeregisterInstance:output_type -> belay.v1.DeregisterInstanceResponse
+	33, // 77: belay.v1.Belay.RegisterTaskDefinition:output_type -> belay.v1.RegisterTaskDefinitionResponse
+	35, // 78: belay.v1.Belay.ListTaskDefinitions:output_type -> belay.v1.ListTaskDefinitionsResponse
+	37, // 79: belay.v1.Belay.DescribeTaskDefinition:output_type -> belay.v1.DescribeTaskDefinitionResponse
+	39, // 80: belay.v1.Belay.DeregisterTaskDefinition:output_type -> belay.v1.DeregisterTaskDefinitionResponse
+	47, // 81: belay.v1.Belay.RunTask:output_type -> belay.v1.RunTaskResponse
+	49, // 82: belay.v1.Belay.ListTasks:output_type -> belay.v1.ListTasksResponse
+	51, // 83: belay.v1.Belay.DescribeTask:output_type -> belay.v1.DescribeTaskResponse
+	53, // 84: belay.v1.Belay.StopTask:output_type -> belay.v1.StopTaskResponse
+	55, // 85: belay.v1.Belay.WatchTasks:output_type -> belay.v1.WatchTasksResponse
+	57, // 86: belay.v1.Belay.TaskLogs:output_type -> belay.v1.TaskLogsResponse
+	67, // [67:87] is the sub-list for method output_type
+	47, // [47:67] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_belay_proto_init() }
@@ -4192,14 +4449,14 @@ func file_belay_proto_init() {
 	if File_belay_proto != nil {
 		return
 	}
-	file_belay_proto_msgTypes[40].OneofWrappers = []any{}
+	file_belay_proto_msgTypes[42].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belay_proto_rawDesc), len(file_belay_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   55,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,129 @@
+package docker
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/belay-edge/belay/plugins/sdk"
+)
+
+// Labels on every container of ours. They are what List and adoption go by,
+// and what is known of output after a reboot.
+const (
+	labelPrefix    = "belay."
+	labelOwner     = "belay.owner"
+	labelTask      = "belay.task"
+	labelContainer = "belay.container"
+	labelAttempt   = "belay.attempt"
+	labelBoot      = "belay.boot"
+	labelDigest    = "belay.image-digest"
+	labelStdout    = "belay.stdout" // SIZE PATH: the file had this size before the start
+	labelStderr    = "belay.stderr"
+	labelPort      = "belay.port." // + number: protocol hostIP hostPort containerPort name
+)
+
+var (
+	taskID    = regexp.MustCompile(`^[0-9a-f]{32}$`)
+	plainName = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`)
+)
+
+// validAttempt refuses what could not be a name or a label.
+func validAttempt(op string, a sdk.Attempt) error {
+	switch {
+	case !taskID.MatchString(a.Task):
+		return sdk.Errorf(sdk.Invalid, op, "task id %q is not 32 lower-case hex digits", a.Task)
+	case a.Container == "" || len(a.Container) > 255:
+		return sdk.Errorf(sdk.Invalid, op, "container name %q is not of 1 to 255 characters", a.Container)
+	case a.Number < 1:
+		return sdk.Errorf(sdk.Invalid, op, "attempt %d is not positive", a.Number)
+	}
+	return nil
+}
+
+// containerName is the name of an attempt in Docker: always the same one.
+func containerName(a sdk.Attempt) string {
+	name := a.Container
+	if !plainName.MatchString(name) || len(name) > 40 {
+		sum := sha256.Sum256([]byte(name))
+		name = hex.EncodeToString(sum[:8])
+	}
+	return namePrefix(a.Task) + name + "-" + strconv.Itoa(a.Number)
+}
+
+// namePrefix is what the names of a task's containers begin with.
+func namePrefix(task string) string { return "belay-" + task + "-" }
+
+// attemptOf reads the identity from a container's labels.
+func attemptOf(labels map[string]string) (sdk.Attempt, error) {
+	n, err := strconv.Atoi(labels[labelAttempt])
+	a := sdk.Attempt{Task: labels[labelTask], Container: labels[labelContainer], Number: n}
+	if err != nil {
+		return a, fmt.Errorf("label %s is %q", labelAttempt, labels[labelAttempt])
+	}
+	return a, validAttempt("read labels", a)
+}
+
+// labels are all those of a new container.
+func (r *Runtime) labels(q sdk.StartRequest, stdout, stderr target) map[string]string {
+	all := map[string]string{}
+	for k, v := range q.Spec.Labels {
+		all[k] = v
+	}
+	for k, v := range map[string]string{
+		labelOwner: r.owner, labelTask: q.Attempt.Task, labelContainer: q.Attempt.Container,
+		labelAttempt: strconv.Itoa(q.Attempt.Number), labelBoot: r.bootID, labelDigest: q.Spec.Digest,
+		labelStdout: stdout.label(), labelStderr: stderr.label(),
+	} {
+		all[k] = v
+	}
+	for i, m := range q.Spec.Ports {
+		all[labelPort+strconv.Itoa(i)] = portLabel(m)
+	}
+	return all
+}
+
+// portLabel and portFrom carry a port mapping in one label.
+func portLabel(m sdk.PortMapping) string {
+	ip := m.HostIP
+	if ip == "" {
+		ip = "*"
+	}
+	return fmt.Sprintf("%s %s %d %d %s", m.Protocol, ip, m.HostPort, m.ContainerPort, m.Name)
+}
+
+func portFrom(label string) (sdk.PortMapping, error) {
+	f := strings.SplitN(label, " ", 5)
+	if len(f) != 5 {
+		return sdk.PortMapping{}, fmt.Errorf("port label %q is not ours", label)
+	}
+	host, err1 := strconv.Atoi(f[2])
+	container, err2 := strconv.Atoi(f[3])
+	if err1 != nil || err2 != nil {
+		return sdk.PortMapping{}, fmt.Errorf("port label %q is not ours", label)
+	}
+	m := sdk.PortMapping{Protocol: f[0], HostIP: f[1], HostPort: host, ContainerPort: container, Name: f[4]}
+	if m.HostIP == "*" {
+		m.HostIP = ""
+	}
+	return m, nil
+}
+
+// portsFrom reads every port label, in order.
+func portsFrom(labels map[string]string) ([]sdk.PortMapping, error) {
+	var all []sdk.PortMapping
+	for i := 0; ; i++ {
+		v, ok := labels[labelPort+strconv.Itoa(i)]
+		if !ok {
+			return all, nil
+		}
+		m, err := portFrom(v)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, m)
+	}
+}
