@@ -26,6 +26,7 @@ needed() {
 		ip                       iproute2
 		gcc                      gcc
 		/usr/include/stdlib.h    libc6-dev
+		/usr/lib/python3/dist-packages/grpc  python3-grpcio
 		/usr/bin/tini-static     tini
 	EOF
 }

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/belay-edge/belay/plugins/sdk/sdktest"
@@ -20,6 +21,10 @@ var built string
 const binEnv = "BELAY_TEST_PROCESS_BUILT"
 
 func TestMain(m *testing.M) {
+	if mode := filepath.Base(os.Args[0]); strings.HasPrefix(mode, "rt-") {
+		pretend(mode) // a runtime with a defect, see broken_test.go
+		return
+	}
 	os.Exit(func() int {
 		defer removeCgroups()
 		var err error

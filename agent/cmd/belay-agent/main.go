@@ -91,7 +91,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.AddCommand(runCommand(t), enrollCommand(t), statusCommand(t), tasksCommand(t),
-		pluginsCommand(t), doctorCommand(t), versionCommand(t))
+		pluginsCommand(t), pluginCommand(t), doctorCommand(t), versionCommand(t))
 	return root.ExecuteContext(ctx)
 }
 

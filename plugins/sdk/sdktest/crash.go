@@ -6,13 +6,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"syscall"
-	"testing"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
-func testCrashWhileRunning(t *testing.T, r *rig) {
+func testCrashWhileRunning(t T, r *rig) {
 	req, c := r.start(t, `trap 'exit 7' TERM; echo ready; i=0; while :; do i=$((i+1)); sleep 0.1; [ $i = 10 ] && echo later; done`)
 	r.wantOutput(t, req.Stdout, "ready\n")
 	r.crash()
@@ -37,7 +36,7 @@ func testCrashWhileRunning(t *testing.T, r *rig) {
 	r.wantExit(t, req.Attempt, 7)
 }
 
-func testCrashWhileExiting(t *testing.T, r *rig) {
+func testCrashWhileExiting(t T, r *rig) {
 	for _, code := range []int{0, 11} {
 		req, c := r.start(t, "echo started; sleep 1; exit "+map[int]string{0: "0", 11: "11"}[code])
 		r.crash()
@@ -53,7 +52,7 @@ func testCrashWhileExiting(t *testing.T, r *rig) {
 	}
 }
 
-func testCrashWhileKilled(t *testing.T, r *rig) {
+func testCrashWhileKilled(t T, r *rig) {
 	req, c := r.start(t, stay)
 	r.crash()
 	if err := syscall.Kill(c.PID, syscall.SIGKILL); err != nil {
@@ -66,7 +65,7 @@ func testCrashWhileKilled(t *testing.T, r *rig) {
 
 // testCrashInStart kills the plugin at random moments of Start and starts
 // again, as an agent does: there is one process in the end, and it ran once.
-func testCrashInStart(t *testing.T, r *rig) {
+func testCrashInStart(t T, r *rig) {
 	usual := r.usualStart(t)
 	for range r.opts.HangUp {
 		req, after := r.crashInStart(t, usual)
@@ -98,7 +97,7 @@ func testCrashInStart(t *testing.T, r *rig) {
 // testStarterGoesAway ends the caller's context at random moments of Start and
 // starts again, as an agent that was killed does while the plugin lives on:
 // what ran goes on, and it ran once.
-func testStarterGoesAway(t *testing.T, r *rig) {
+func testStarterGoesAway(t T, r *rig) {
 	usual := r.usualStart(t)
 	for range r.opts.HangUp {
 		req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
@@ -128,7 +127,7 @@ func testStarterGoesAway(t *testing.T, r *rig) {
 
 // testCrashInStartGivenUp is an agent that is told to drop the task meanwhile:
 // there is no second Start to clear up after the first.
-func testCrashInStartGivenUp(t *testing.T, r *rig) {
+func testCrashInStartGivenUp(t T, r *rig) {
 	usual := r.usualStart(t)
 	for range (r.opts.HangUp + 1) / 2 {
 		req, after := r.crashInStart(t, usual)
@@ -150,7 +149,7 @@ func testCrashInStartGivenUp(t *testing.T, r *rig) {
 }
 
 // usualStart is how long Start takes here.
-func (r *rig) usualStart(t *testing.T) time.Duration {
+func (r *rig) usualStart(t T) time.Duration {
 	t.Helper()
 	begun := time.Now()
 	first, _ := r.start(t, stay)
@@ -163,7 +162,7 @@ func (r *rig) usualStart(t *testing.T) time.Duration {
 
 // crashInStart kills the plugin at some moment of a Start and launches it
 // again.
-func (r *rig) crashInStart(t *testing.T, usual time.Duration) (req sdk.StartRequest, after time.Duration) {
+func (r *rig) crashInStart(t T, usual time.Duration) (req sdk.StartRequest, after time.Duration) {
 	t.Helper()
 	req = r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
 	after = rand.N(usual + usual/4)
@@ -181,7 +180,7 @@ func (r *rig) crashInStart(t *testing.T, usual time.Duration) (req sdk.StartRequ
 	return req, after
 }
 
-func testCrashInStop(t *testing.T, r *rig) {
+func testCrashInStop(t T, r *rig) {
 	req, c := r.start(t, `trap 'echo term; sleep 1; exit 7' TERM; echo ready; while :; do sleep 0.1; done`)
 	r.wantOutput(t, req.Stdout, "ready\n")
 	stopped := make(chan error, 1)

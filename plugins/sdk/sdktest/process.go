@@ -3,6 +3,7 @@ package sdktest
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -10,13 +11,12 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"testing"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
-func testOutput(t *testing.T, r *rig) {
+func testOutput(t T, r *rig) {
 	req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1},
 		r.spec("echo out; echo err >&2; printf 'no newline'"))
 	if err := os.WriteFile(req.Stdout, []byte("before\n"), 0o600); err != nil {
@@ -30,14 +30,14 @@ func testOutput(t *testing.T, r *rig) {
 	r.wantOutput(t, req.Stderr, "err\n")
 }
 
-func testOutputWhole(t *testing.T, r *rig) {
+func testOutputWhole(t T, r *rig) {
 	// A line of 1 MiB and bytes that are no text.
 	req, _ := r.start(t, `head -c 1048576 /dev/zero; echo; printf '\377\376\001'`)
 	r.wantExit(t, req.Attempt, 0)
 	r.wantOutput(t, req.Stdout, strings.Repeat("\x00", 1<<20)+"\n\xff\xfe\x01")
 }
 
-func testFIFO(t *testing.T, r *rig) {
+func testFIFO(t T, r *rig) {
 	req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec("echo out; echo err >&2"))
 	read := make(chan string, 2)
 	for _, path := range []string{req.Stdout, req.Stderr} {
@@ -78,7 +78,7 @@ func testFIFO(t *testing.T, r *rig) {
 	r.wantExit(t, req.Attempt, 0)
 }
 
-func testEnvironment(t *testing.T, r *rig) {
+func testEnvironment(t T, r *rig) {
 	spec := r.spec(`echo "$A|$B|$C"; pwd; id -u; id -g`)
 	spec.Env = []string{"A=first", "B=two words 'and' \"quotes\" $HOME", "A=last", "C="}
 	spec.WorkingDir = "/tmp"
@@ -99,7 +99,7 @@ func testEnvironment(t *testing.T, r *rig) {
 	r.wantOutput(t, req.Stdout, want+uid+"\n"+gid+"\n")
 }
 
-func testOrphan(t *testing.T, r *rig) {
+func testOrphan(t T, r *rig) {
 	req, _ := r.start(t, "sleep 30 & exit 8")
 	begun := time.Now()
 	r.wantExit(t, req.Attempt, 8)
@@ -110,8 +110,8 @@ func testOrphan(t *testing.T, r *rig) {
 
 // testDescendants looks for what a container started, by a mark in its
 // command line, once it was stopped and removed.
-func testDescendants(t *testing.T, r *rig) {
-	mark := fmt.Sprintf("86400.%d", os.Getpid())
+func testDescendants(t T, r *rig) {
+	mark := fmt.Sprintf("86400.%d", rand.Int32())
 	req, _ := r.start(t, "sleep "+mark+" & (sleep "+mark+" &) ; echo ready; wait; sleep "+mark)
 	r.wantOutput(t, req.Stdout, "ready\n")
 	r.eventually(t, "children", func() error {
@@ -147,7 +147,7 @@ func marked(arg string) []string {
 	return pids
 }
 
-func testExec(t *testing.T, r *rig) {
+func testExec(t T, r *rig) {
 	if !r.info.Exec {
 		t.Skip("not supported")
 	}
@@ -202,7 +202,7 @@ func testExec(t *testing.T, r *rig) {
 	wantKind(t, "Exec in an exited attempt", err, sdk.NotFound, sdk.Conflict)
 }
 
-func testStats(t *testing.T, r *rig) {
+func testStats(t T, r *rig) {
 	if !r.info.Stats {
 		t.Skip("not supported")
 	}
@@ -219,7 +219,7 @@ func testStats(t *testing.T, r *rig) {
 	})
 }
 
-func testImages(t *testing.T, r *rig) {
+func testImages(t T, r *rig) {
 	if !r.info.Images {
 		t.Skip("not supported")
 	}
@@ -255,7 +255,7 @@ func testImages(t *testing.T, r *rig) {
 	wantKind(t, "Pull of no reference", err, sdk.Invalid)
 }
 
-func testPorts(t *testing.T, r *rig) {
+func testPorts(t T, r *rig) {
 	if !slices.Contains(r.info.Networks, sdk.NetworkBridge) || r.opts.Network != sdk.NetworkBridge {
 		t.Skip("no bridge network")
 	}

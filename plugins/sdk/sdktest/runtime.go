@@ -1,22 +1,18 @@
 // Package sdktest checks plugins against the contract of package sdk over the
 // real protocol: it launches the built executable the way an agent does, kills
-// it where an agent would, and looks at what is left. It also has an in-memory
-// runtime for tests of what uses runtimes.
+// it where an agent would, and looks at what is left. Runtime and Device run
+// the rules as subtests of a test; Check runs them in a plain program. It also
+// has an in-memory runtime for tests of what uses runtimes.
 package sdktest
 
 import (
-	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"testing"
-	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/host"
@@ -49,18 +45,27 @@ type RuntimeOptions struct {
 	Slow int
 }
 
-// SlowEnv names the environment variable that stretches the suite's patience
-// by a whole number, on emulated and very small machines.
-const SlowEnv = "BELAY_TEST_SLOW"
-
-// Runtime runs the conformance suite as subtests of t, one after the other.
-func Runtime(t *testing.T, o RuntimeOptions) {
+// Runtime runs the conformance suite as subtests of t, a *testing.T, one after
+// the other.
+func Runtime[S Subtests[S]](t S, o RuntimeOptions) {
 	t.Helper()
+	runtimeSuite(t, o).runIn(t, under(t))
+}
+
+// runtimeSuite is the rules for runtimes. What belongs to all of them is
+// cleaned up with t.
+func runtimeSuite(t T, o RuntimeOptions) suite {
 	r := newRig(t, o)
+	s := suite{kill: r.kill, rules: []rule{r.rule(ruleLaunch, r.setUp)}}
 	for _, c := range []struct {
 		name string
-		test func(*testing.T, *rig)
+		test func(T, *rig)
 	}{
+		{ruleByHand, inRuntime(testByHand)},
+		{ruleDescription, inRuntime(testDescription)},
+		{ruleConfig, inRuntime(testWrongConfig)},
+		{ruleEnds, inRuntime(testEnds)},
+		{ruleHostDies, inRuntime(testHostDies)},
 		{"info is complete and constant", testInfo},
 		{"a container starts, exits and reports its exit code", testExitCodes},
 		{"start returns what it made", testStartResult},
@@ -99,16 +104,22 @@ func Runtime(t *testing.T, o RuntimeOptions) {
 		{"plugin killed in the middle of stop", testCrashInStop},
 		{"nothing is left over", testNothingLeft},
 	} {
-		t.Run(c.name, func(t *testing.T) { c.test(t, r) })
+		s.rules = append(s.rules, r.rule(c.name, func(t T) { r.ready(t); c.test(t, r) }))
+	}
+	return s
+}
+
+func inRuntime(f func(T, *bench)) func(T, *rig) {
+	return func(t T, r *rig) {
+		r.crash()
+		f(t, r.bench)
 	}
 }
 
-// rig is one plugin with its directories, across launches of its process.
+// rig is a runtime plugin across launches of its process.
 type rig struct {
-	t    *testing.T // of the whole suite
+	*bench
 	opts RuntimeOptions
-	dirs sdk.Config
-	sock string
 	info sdk.RuntimeInfo
 
 	plugin  *host.Plugin
@@ -116,37 +127,21 @@ type rig struct {
 	image   sdk.Image
 }
 
-func newRig(t *testing.T, o RuntimeOptions) *rig {
+func newRig(t T, o RuntimeOptions) *rig {
 	t.Helper()
 	if o.HangUp == 0 {
 		o.HangUp = 10
 	}
-	if o.Slow == 0 {
-		o.Slow, _ = strconv.Atoi(os.Getenv(SlowEnv))
-	}
-	o.Slow = max(o.Slow, 1)
 	if o.MissingProgram == "" {
 		o.MissingProgram = sdk.NotFound
 	}
-	// Not t.TempDir: sockets need short paths.
-	base, err := os.MkdirTemp("", "sdktest")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(base) })
-	r := &rig{t: t, opts: o, sock: filepath.Join(base, "sock"),
-		dirs: sdk.Config{StateDir: filepath.Join(base, "state"), RunDir: filepath.Join(base, "run"), JSON: o.Config}}
-	for _, d := range []string{r.sock, r.dirs.StateDir, r.dirs.RunDir} {
-		if err := os.Mkdir(d, 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
+	return &rig{opts: o, bench: newBench(t, benchOptions{executable: o.Executable, config: o.Config, slow: o.Slow})}
+}
+
+// setUp launches the plugin for the first time and learns what it can do.
+func (r *rig) setUp(t T) {
 	r.launch(t)
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		r.plugin.Close(ctx)
-	})
+	var err error
 	r.info, err = r.runtime.Info(r.ctx(t))
 	if err != nil {
 		t.Fatalf("Info: %v", err)
@@ -155,28 +150,34 @@ func newRig(t *testing.T, o RuntimeOptions) *rig {
 		r.opts.Network = r.info.Networks[0]
 	}
 	if r.info.Images {
-		if o.Image == "" {
-			t.Fatal("the runtime has images: RuntimeOptions.Image is needed")
+		if r.opts.Image == "" {
+			t.Fatal("the runtime has images: a reference to one with a shell is needed (RuntimeOptions.Image, --image)")
 		}
-		r.image, err = r.runtime.Pull(r.ctx(t), sdk.PullRequest{Task: newID(), Image: o.Image, Credentials: o.Credentials}, nil)
+		r.image, err = r.runtime.Pull(r.ctx(t), sdk.PullRequest{Task: newID(), Image: r.opts.Image, Credentials: r.opts.Credentials}, nil)
 		if err != nil {
-			t.Fatalf("Pull(%s): %v", o.Image, err)
+			t.Fatalf("Pull(%s): %v", r.opts.Image, err)
 		}
 	}
-	return r
+}
+
+// ready sees to it that the plugin runs, whatever the rule before left.
+func (r *rig) ready(t T) {
+	t.Helper()
+	if r.runtime == nil {
+		r.setUp(t)
+		return
+	}
+	select {
+	case <-r.plugin.Exited():
+		r.launch(t)
+	default:
+	}
 }
 
 // launch starts the plugin's process.
-func (r *rig) launch(t *testing.T) {
+func (r *rig) launch(t T) {
 	t.Helper()
-	p, err := host.Launch(r.ctx(t), host.Options{
-		Path: r.opts.Executable, Name: filepath.Base(r.opts.Executable),
-		SocketDir: r.sock, Config: r.dirs, StartTimeout: r.patience(15 * time.Second),
-		Logger: slog.New(slog.NewTextHandler(logWriter{r.t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
-	})
-	if err != nil {
-		t.Fatalf("Launch: %v", err)
-	}
+	p := r.bench.launch(t)
 	rt, ok := p.Runtime()
 	if !ok {
 		t.Fatalf("plugin %s is not a runtime: kinds %v", p.Info().Name, p.Info().Kinds)
@@ -185,22 +186,7 @@ func (r *rig) launch(t *testing.T) {
 }
 
 // crash kills the plugin as the kernel's memory killer would.
-func (r *rig) crash() { r.plugin.Kill() }
-
-type logWriter struct{ t *testing.T }
-
-func (w logWriter) Write(b []byte) (int, error) {
-	w.t.Logf("%s", b)
-	return len(b), nil
-}
-
-func (r *rig) patience(d time.Duration) time.Duration { return d * time.Duration(r.opts.Slow) }
-
-func (r *rig) ctx(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), r.patience(60*time.Second))
-	t.Cleanup(cancel)
-	return ctx
-}
+func (r *rig) crash() { r.over(r.plugin) }
 
 func newID() string {
 	b := make([]byte, 16)
@@ -226,7 +212,7 @@ func (r *rig) spec(script string) sdk.ContainerSpec {
 }
 
 // task prepares a new task and sees to its end.
-func (r *rig) task(t *testing.T) string {
+func (r *rig) task(t T) string {
 	t.Helper()
 	id := newID()
 	err := r.runtime.PrepareTask(r.ctx(t), sdk.TaskSpec{ID: id, Family: "sdktest", Network: r.opts.Network, Containers: []string{"main"}})
@@ -237,7 +223,7 @@ func (r *rig) task(t *testing.T) string {
 	return id
 }
 
-func (r *rig) cleanUp(t *testing.T, task string) {
+func (r *rig) cleanUp(t T, task string) {
 	t.Helper()
 	inv, err := r.runtime.List(r.ctx(t))
 	if err != nil {
@@ -262,7 +248,7 @@ func (r *rig) cleanUp(t *testing.T, task string) {
 }
 
 // request makes a start request with its two output files.
-func (r *rig) request(t *testing.T, a sdk.Attempt, spec sdk.ContainerSpec) sdk.StartRequest {
+func (r *rig) request(t T, a sdk.Attempt, spec sdk.ContainerSpec) sdk.StartRequest {
 	t.Helper()
 	dir := t.TempDir()
 	req := sdk.StartRequest{Attempt: a, Network: r.opts.Network, Spec: spec,
@@ -276,7 +262,7 @@ func (r *rig) request(t *testing.T, a sdk.Attempt, spec sdk.ContainerSpec) sdk.S
 }
 
 // start starts script as the first attempt of a container of a new task.
-func (r *rig) start(t *testing.T, script string) (sdk.StartRequest, sdk.Container) {
+func (r *rig) start(t T, script string) (sdk.StartRequest, sdk.Container) {
 	t.Helper()
 	req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(script))
 	c, err := r.runtime.Start(r.ctx(t), req)
@@ -287,7 +273,7 @@ func (r *rig) start(t *testing.T, script string) (sdk.StartRequest, sdk.Containe
 }
 
 // find looks an attempt up in List.
-func (r *rig) find(t *testing.T, a sdk.Attempt) (sdk.Container, bool) {
+func (r *rig) find(t T, a sdk.Attempt) (sdk.Container, bool) {
 	t.Helper()
 	inv, err := r.runtime.List(r.ctx(t))
 	if err != nil {
@@ -301,7 +287,7 @@ func (r *rig) find(t *testing.T, a sdk.Attempt) (sdk.Container, bool) {
 }
 
 // exit waits until List has the attempt's exit.
-func (r *rig) exit(t *testing.T, a sdk.Attempt) sdk.Container {
+func (r *rig) exit(t T, a sdk.Attempt) sdk.Container {
 	t.Helper()
 	var c sdk.Container
 	r.eventually(t, fmt.Sprintf("%s exits", a), func() error {
@@ -318,12 +304,12 @@ func (r *rig) exit(t *testing.T, a sdk.Attempt) sdk.Container {
 }
 
 // wantExit waits for the attempt's exit and checks its code.
-func (r *rig) wantExit(t *testing.T, a sdk.Attempt, code int) {
+func (r *rig) wantExit(t T, a sdk.Attempt, code int) {
 	t.Helper()
 	checkExit(t, "List", r.exit(t, a), code)
 }
 
-func checkExit(t *testing.T, from string, c sdk.Container, code int) {
+func checkExit(t T, from string, c sdk.Container, code int) {
 	t.Helper()
 	switch {
 	case c.State != sdk.StateExited:
@@ -339,17 +325,17 @@ func checkExit(t *testing.T, from string, c sdk.Container, code int) {
 }
 
 // wantOutput waits until a file holds exactly want.
-func (r *rig) wantOutput(t *testing.T, path, want string) {
+func (r *rig) wantOutput(t T, path, want string) {
 	t.Helper()
 	r.eventually(t, filepath.Base(path), func() error {
 		if got := readFile(t, path); got != want {
-			return fmt.Errorf("it holds %.200q, want %.200q", got, want)
+			return fmt.Errorf("it holds %.80q, want %.80q", got, want)
 		}
 		return nil
 	})
 }
 
-func readFile(t *testing.T, path string) string {
+func readFile(t T, path string) string {
 	t.Helper()
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -358,28 +344,8 @@ func readFile(t *testing.T, path string) string {
 	return string(b)
 }
 
-// eventually waits for check to hold and says what it last complained of.
-func (r *rig) eventually(t *testing.T, what string, check func() error) {
-	t.Helper()
-	deadline := time.NewTimer(r.patience(15 * time.Second))
-	defer deadline.Stop()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		select {
-		case <-deadline.C:
-			t.Fatalf("%s: %v", what, err)
-		case <-tick.C:
-		}
-	}
-}
-
 // gone waits until no process has this pid of the host, or only a zombie.
-func (r *rig) gone(t *testing.T, pid int) {
+func (r *rig) gone(t T, pid int) {
 	t.Helper()
 	r.eventually(t, fmt.Sprintf("process %d ends", pid), func() error {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -391,15 +357,4 @@ func (r *rig) gone(t *testing.T, pid int) {
 		}
 		return fmt.Errorf("it is there")
 	})
-}
-
-func wantKind(t *testing.T, what string, err error, kinds ...sdk.ErrorKind) {
-	t.Helper()
-	if err == nil {
-		t.Errorf("%s: no error, want one of kind %v", what, kinds)
-		return
-	}
-	if !slices.Contains(kinds, sdk.KindOf(err)) {
-		t.Errorf("%s: error is of kind %q, want one of %q: %v", what, sdk.KindOf(err), kinds, err)
-	}
 }
