@@ -17,7 +17,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-vm test-arm lint bench fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-teeth test-vm test-arm lint bench fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -54,6 +54,9 @@ test-modules:
 lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
 	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
 	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && export CGO_ENABLED=0 GOFLAGS="$(FLAGS)" && go mod tidy -diff >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
+
+test-teeth: ## for each rule for runtimes, one that breaks it and no other (minutes)
+	BELAY_TEST_TEETH=1 go test -count=1 -timeout 15m -run '^TestRuntimeSuiteHasTeeth$$' ./plugins/process
 
 test-systemd: ## the process plugin with a real systemd: the host's, or one booted in a container
 	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestConformanceSystemd$$' -v ./plugins/process
