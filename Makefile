@@ -43,7 +43,7 @@ test: setup build lint test-modules ## everything, race detector on
 # Results and the reason of every skipped test are shown, the rest is in the log.
 TESTLOG  = $(abspath $(BIN))/test.log
 GOTEST   = go test -v $(RACE) -timeout 15m
-SHOW     = 2>&1 | tee -a $(TESTLOG) | awk '/\.go:[0-9]+: /{why=$$0} /--- SKIP/{print; print why} /^(ok|FAIL|panic:)|--- FAIL|WARNING: DATA RACE/{print; fflush()}' \
+SHOW     = 2>&1 | tee -a $(TESTLOG) | awk '/\.go:[0-9]+: / && !/ level=/{why=$$0} /--- SKIP/{print; print why} /^(ok|FAIL|panic:)|--- FAIL|WARNING: DATA RACE/{print; fflush()}' \
 	|| { echo "failed; of $(TESTLOG):"; grep -nE -B40 -A40 -e '--- FAIL|^panic:|DATA RACE|\[build failed\]' $(TESTLOG) | tail -n 400; exit 1; }
 test-modules:
 	@[ -n "$(RACE)" ] || echo "no C compiler, so no race detector: install gcc and libc6-dev for it"
