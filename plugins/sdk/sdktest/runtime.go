@@ -39,7 +39,7 @@ type RuntimeOptions struct {
 	// MissingProgram is the kind of error for a program that is not there;
 	// "": NotFound.
 	MissingProgram sdk.ErrorKind
-	// HangUp is how often the plugin is killed at random moments of Start; 0: 10.
+	// HangUp is how often the plugin is killed at moments all over Start; 0: 10.
 	HangUp int
 	// Slow stretches the suite's patience; 0: what SlowEnv says, or 1.
 	Slow int
