@@ -54,6 +54,7 @@ var brokenRuntimes = map[string]string{
 	"rt-cuts-lines":           "output is appended whole",
 	"rt-no-fifo":              "output goes to FIFOs",
 	"rt-no-working-dir":       "environment, working directory and user",
+	"rt-drops-edits":          "what devices give is there, or is refused",
 	"rt-waits-for-children":   "a left-behind child does not hide the exit",
 	"rt-leaves-children":      "what a container started ends with it",
 	"rt-one-start":            "attempts run beside each other",
@@ -235,6 +236,8 @@ func (f *flawed) Start(ctx context.Context, r sdk.StartRequest) (sdk.Container, 
 		if st, err := os.Stat(r.Stdout); err == nil && st.Mode()&os.ModeNamedPipe != 0 {
 			r.Stdout, r.Stderr = "/dev/null", "/dev/null"
 		}
+	case "rt-drops-edits":
+		r.Spec.Devices, r.Spec.DeviceRules, r.Spec.AdditionalGIDs, r.Spec.Hooks, r.Spec.CDIDevices = nil, nil, nil, nil, nil
 	case "rt-no-working-dir":
 		r.Spec.WorkingDir = ""
 	case "rt-leaves-children":

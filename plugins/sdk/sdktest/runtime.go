@@ -87,6 +87,7 @@ func runtimeSuite(t T, o RuntimeOptions) suite {
 		{"output is appended whole", testOutputWhole},
 		{"output goes to FIFOs", testFIFO},
 		{"environment, working directory and user", testEnvironment},
+		{"what devices give is there, or is refused", testGiven},
 		{"a left-behind child does not hide the exit", testOrphan},
 		{"what a container started ends with it", testDescendants},
 		{"attempts run beside each other", testConcurrent},
