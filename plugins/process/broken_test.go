@@ -103,7 +103,7 @@ func pretend(mode string) {
 		stopped: map[sdk.Attempt]bool{}, prepared: map[string]bool{}, ports: map[sdk.Attempt][]sdk.PortMapping{}}}
 	own := map[string]bool{"rt-serves-anyone": true, "rt-does-not-end": true, "rt-outlives-its-host": true}
 	if byHand := os.Getenv("BELAY_PLUGIN") == ""; byHand && mode == "rt-serves-anyone" {
-		select {} // on and on
+		onAndOn()
 	} else if byHand || !own[mode] {
 		serve.Main(plugin)
 	}
@@ -121,7 +121,7 @@ func pretend(mode string) {
 	_ = serve.Run(context.Background(), plugin, serve.Options{Dir: os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), HostVersions: "2"})
 	asked.Store(true)
 	if mode == "rt-does-not-end" {
-		select {}
+		onAndOn()
 	}
 }
 
@@ -437,4 +437,12 @@ func (f *flawed) Exec(ctx context.Context, r sdk.ExecRequest) (sdk.ExecResult, e
 		res.Output = res.Output[:limit]
 	}
 	return res, err
+}
+
+// onAndOn never returns. A plain select{} would end a program without cgo, which
+// notices that nothing can happen any more.
+func onAndOn() {
+	for {
+		<-time.After(time.Hour)
+	}
 }
