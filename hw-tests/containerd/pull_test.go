@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -107,6 +108,41 @@ func TestPullByDigestNeedsNoNetwork(t *testing.T) {
 	}
 	_, err = w.rt.Pull(w.ctx(), sdk.PullRequest{Image: reg.Address + "/configured:1"}, noProgress)
 	wantError(t, err, sdk.Unavailable)
+}
+
+// TestPullAgain: what is remembered of an image does not stand for what
+// somebody has deleted since.
+func TestPullAgain(t *testing.T) {
+	w := newWorld(t)
+	first := w.pull(images.Workload)
+	ctr := func(args ...string) []string {
+		t.Helper()
+		out, err := exec.CommandContext(w.ctx(), "ctr", append([]string{"-a", w.ctd.Address, "-n", "belay"}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return strings.Fields(string(out))
+	}
+	runs := func(when string) {
+		t.Helper()
+		if again := w.pull(images.Workload); again != first {
+			t.Errorf("%s: %+v, want %+v", when, again, first)
+		}
+		if c, _ := w.exits(sdk.TaskSpec{Network: sdk.NetworkNone}, images.Workload, nil, "info"); c.ExitCode == nil || *c.ExitCode != 0 {
+			t.Errorf("%s: %+v", when, c)
+		}
+	}
+	runs("nothing changed")
+	kept := strings.TrimSuffix(first.Reference, ":1") + "@" + first.Digest
+	ctr("images", "rm", "--sync", kept)
+	runs("image record deleted")
+	for _, key := range ctr("snapshots", "ls") {
+		if strings.HasPrefix(key, "sha256:") {
+			// Those of other images are still used or not, as it may be.
+			_ = exec.CommandContext(w.ctx(), "ctr", "-a", w.ctd.Address, "-n", "belay", "snapshots", "rm", key).Run()
+		}
+	}
+	runs("snapshots deleted")
 }
 
 func TestPullAuthorization(t *testing.T) {
