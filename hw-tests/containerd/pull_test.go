@@ -11,6 +11,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
 	"github.com/belay-edge/belay/hw-tests/rig"
 	"github.com/belay-edge/belay/images"
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -143,6 +149,36 @@ func TestPullAgain(t *testing.T) {
 		}
 	}
 	runs("snapshots deleted")
+}
+
+// TestPullGoesByTheIndex: build tools put images of one platform into indexes
+// that say another. The index counts, at the first pull and at later ones.
+func TestPullGoesByTheIndex(t *testing.T) {
+	w := newWorld(t)
+	at := func(image string) name.Reference {
+		r, err := name.ParseReference(w.reg.Address+"/"+image, name.Insecure)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	foreign, err := remote.Image(at("foreign-single:1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{
+		Add: foreign, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: runtime.GOARCH}},
+	})
+	if err := remote.WriteIndex(at("mislabelled:1"), index); err != nil {
+		t.Fatal(err)
+	}
+	want := w.pull("mislabelled")
+	if again := w.pull("mislabelled"); again != want {
+		t.Errorf("the second pull says %+v, want %+v", again, want)
+	}
+	if _, err := w.rt.Pull(w.ctx(), sdk.PullRequest{Image: w.reg.Address + "/mislabelled@" + want.Digest}, noProgress); err != nil {
+		t.Errorf("by digest: %v", err)
+	}
 }
 
 func TestPullAuthorization(t *testing.T) {

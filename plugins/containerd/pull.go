@@ -116,9 +116,6 @@ func (p *pull) local(ctx context.Context, d digest.Digest) (sdk.Image, bool, err
 	} else if err != nil {
 		return sdk.Image{}, false, err
 	}
-	if has := about.platform; has.Architecture != "" && !p.match.Match(has) {
-		return sdk.Image{}, false, p.noPlatform([]string{platforms.FormatAll(has)})
-	}
 	if !about.whole {
 		complete, _, _, missing, err := images.Check(ctx, p.client.ContentStore(), rec.Target, platforms.All)
 		if err != nil {
@@ -200,6 +197,19 @@ func (p *pull) localManifest(ctx context.Context, d digest.Digest) (digest.Diges
 	return manifest, nil
 }
 
+// fits checks the platform of an image that is known, and not by an index:
+// what an index says counts more than what the image says itself.
+func (p *pull) fits(ctx context.Context, manifest ocispec.Descriptor) error {
+	about, err := p.know(ctx, manifest)
+	if err != nil {
+		return err
+	}
+	if has := about.platform; has.Architecture != "" && !p.match.Match(has) {
+		return p.noPlatform([]string{platforms.FormatAll(has)})
+	}
+	return nil
+}
+
 // remote asks the registry what the reference means, chooses the platform and
 // fetches what is missing.
 func (p *pull) remote(ctx context.Context) (sdk.Image, error) {
@@ -210,6 +220,9 @@ func (p *pull) remote(ctx context.Context) (sdk.Image, error) {
 	}
 	// Most often the tag means what it meant before.
 	if img, found, err := p.local(ctx, desc.Digest); found || err != nil {
+		if err == nil && !images.IsIndexType(desc.MediaType) {
+			err = p.fits(ctx, desc)
+		}
 		return img, err
 	}
 	// Everything fetched is held by a lease until the image record holds it.
