@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -43,6 +44,30 @@ func TestTaskRunsToItsExitCode(t *testing.T) {
 			t.Errorf("after an hour and more: %+v, %v", snap, err)
 		}
 	})
+}
+
+// TestQuickStartIsTwoReports: each one is a write to the control plane, and
+// what a start decides on its way is said by the last.
+func TestQuickStartIsTwoReports(t *testing.T) {
+	for took, want := range map[time.Duration]string{
+		reportEvery / 2: "PENDING/0 RUNNING/1",
+		reportEvery * 2: "PENDING/0 PENDING/1 RUNNING/1",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBubble(t, 0.5)
+			b.runtime.start = func(sdk.StartRequest) error { time.Sleep(took); return nil }
+			b.assign(running(&wire.TaskSpec{Containers: []*wire.Container{essential("main")}}))
+			time.Sleep(4 * reportEvery)
+			b.last()
+			var got []string
+			for _, st := range b.statuses[id(1)] {
+				got = append(got, fmt.Sprintf("%s/%d", st.GetLastStatus(), st.GetContainers()[0].GetAttempt()))
+			}
+			if d := cmp.Diff(want, strings.Join(got, " ")); d != "" {
+				t.Errorf("a start that takes %v (-want +got):\n%s", took, d)
+			}
+		})
+	}
 }
 
 func TestPullIsRetriedWithBackoffAndGivenUp(t *testing.T) {

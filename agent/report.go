@@ -12,7 +12,8 @@ import (
 )
 
 const (
-	// reportEvery bounds how often progress alone is worth a message.
+	// reportEvery bounds how often progress alone is worth a message, and a
+	// write to the control plane.
 	reportEvery = 500 * time.Millisecond
 	// settleWait is how long after its start the agent keeps quiet about a
 	// container it has not found yet: what it said before still stands.
@@ -75,15 +76,20 @@ func (t *Task) unsettled() bool {
 }
 
 // sameReport compares what two statuses say; loosely leaves out what changes
-// all the time while an image is pulled.
+// all the time while an image is pulled, and what a start decides on its way
+// to RUNNING, which says it again a moment later.
 func sameReport(a, b *wire.TaskStatus, loosely bool) bool {
 	a, b = proto.CloneOf(a), proto.CloneOf(b)
+	starting := a.GetLastStatus() == Pending && b.GetLastStatus() == Pending
 	for _, s := range []*wire.TaskStatus{a, b} {
 		s.Sequence, s.At = 0, nil
 		if loosely {
 			s.Note = ""
 			for _, c := range s.GetContainers() {
 				c.Pull = nil
+				if starting && c.GetLastStatus() == Pending {
+					c.Attempt, c.ImageDigest, c.Devices = 0, "", nil
+				}
 			}
 		}
 	}

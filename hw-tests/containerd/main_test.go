@@ -44,8 +44,12 @@ func TestMain(m *testing.M) {
 		if out, err := exec.Command("ip", "link", "del", bridgeName).CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "delete bridge: %v: %s\n", err, out)
 		}
-		for _, rule := range [][]string{{"-i", bridgeName, "-j", "ACCEPT"}, {"-o", bridgeName, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT"}} {
-			_ = exec.Command("iptables", append([]string{"-w", "10", "-D", "FORWARD"}, rule...)...).Run()
+		for _, rule := range [][]string{
+			{"filter", "-D", "FORWARD", "-i", bridgeName, "-j", "ACCEPT"},
+			{"filter", "-D", "FORWARD", "-o", bridgeName, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT"},
+			{"nat", "-D", "POSTROUTING", "-s", bridgeSubnet, "!", "-d", "224.0.0.0/4", "!", "-o", bridgeName, "-j", "MASQUERADE"},
+		} {
+			_ = exec.Command("iptables", append([]string{"-w", "10", "-t"}, rule...)...).Run()
 		}
 		_ = os.RemoveAll(filepath.Join("/run/belay-cni", bridgeName))
 		_ = os.Remove(filepath.Join("/run/belay-cni", bridgeName+".lock"))

@@ -4,11 +4,18 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/belay-edge/belay/hw-tests/rig"
 	"github.com/belay-edge/belay/images"
@@ -107,6 +114,71 @@ func TestPullByDigestNeedsNoNetwork(t *testing.T) {
 	}
 	_, err = w.rt.Pull(w.ctx(), sdk.PullRequest{Image: reg.Address + "/configured:1"}, noProgress)
 	wantError(t, err, sdk.Unavailable)
+}
+
+// TestPullAgain: what is remembered of an image does not stand for what
+// somebody has deleted since.
+func TestPullAgain(t *testing.T) {
+	w := newWorld(t)
+	first := w.pull(images.Workload)
+	ctr := func(args ...string) []string {
+		t.Helper()
+		out, err := exec.CommandContext(w.ctx(), "ctr", append([]string{"-a", w.ctd.Address, "-n", "belay"}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return strings.Fields(string(out))
+	}
+	runs := func(when string) {
+		t.Helper()
+		if again := w.pull(images.Workload); again != first {
+			t.Errorf("%s: %+v, want %+v", when, again, first)
+		}
+		if c, _ := w.exits(sdk.TaskSpec{Network: sdk.NetworkNone}, images.Workload, nil, "info"); c.ExitCode == nil || *c.ExitCode != 0 {
+			t.Errorf("%s: %+v", when, c)
+		}
+	}
+	runs("nothing changed")
+	kept := strings.TrimSuffix(first.Reference, ":1") + "@" + first.Digest
+	ctr("images", "rm", "--sync", kept)
+	runs("image record deleted")
+	for _, key := range ctr("snapshots", "ls") {
+		if strings.HasPrefix(key, "sha256:") {
+			// Those of other images are still used or not, as it may be.
+			_ = exec.CommandContext(w.ctx(), "ctr", "-a", w.ctd.Address, "-n", "belay", "snapshots", "rm", key).Run()
+		}
+	}
+	runs("snapshots deleted")
+}
+
+// TestPullGoesByTheIndex: build tools put images of one platform into indexes
+// that say another. The index counts, at the first pull and at later ones.
+func TestPullGoesByTheIndex(t *testing.T) {
+	w := newWorld(t)
+	at := func(image string) name.Reference {
+		r, err := name.ParseReference(w.reg.Address+"/"+image, name.Insecure)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	foreign, err := remote.Image(at("foreign-single:1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{
+		Add: foreign, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: runtime.GOARCH}},
+	})
+	if err := remote.WriteIndex(at("mislabelled:1"), index); err != nil {
+		t.Fatal(err)
+	}
+	want := w.pull("mislabelled")
+	if again := w.pull("mislabelled"); again != want {
+		t.Errorf("the second pull says %+v, want %+v", again, want)
+	}
+	if _, err := w.rt.Pull(w.ctx(), sdk.PullRequest{Image: w.reg.Address + "/mislabelled@" + want.Digest}, noProgress); err != nil {
+		t.Errorf("by digest: %v", err)
+	}
 }
 
 func TestPullAuthorization(t *testing.T) {

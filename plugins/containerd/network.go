@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -22,8 +23,10 @@ import (
 // bridge connects containers to one bridge on the host through CNI plugins.
 type bridge struct {
 	name    string
+	subnet  string
 	binDirs []string
 	list    *libcni.NetworkConfigList
+	bare    *libcni.NetworkConfigList // of the same name, without port mappings
 	listErr error
 	netns   string // directory of bind mounts that hold network namespaces
 	results string // directory of the plugins' answers
@@ -39,9 +42,9 @@ const ifName = "eth0"
 const addressDir = "/run/belay-cni"
 
 func newBridge(c Config, runDir string) *bridge {
-	b := &bridge{name: c.Bridge.Name, binDirs: c.CNIBinDirs, netns: filepath.Join(runDir, "netns"), results: filepath.Join(runDir, "cni")}
+	b := &bridge{name: c.Bridge.Name, subnet: c.Bridge.Subnet, binDirs: c.CNIBinDirs, netns: filepath.Join(runDir, "netns"), results: filepath.Join(runDir, "cni")}
 	br := map[string]any{
-		"type": "bridge", "bridge": c.Bridge.Name, "isGateway": true, "ipMasq": true, "hairpinMode": true,
+		"type": "bridge", "bridge": c.Bridge.Name, "isGateway": true, "hairpinMode": true,
 		"ipam": map[string]any{
 			"type": "host-local", "dataDir": addressDir,
 			"ranges": [][]map[string]string{{{"subnet": c.Bridge.Subnet}}},
@@ -51,12 +54,18 @@ func newBridge(c Config, runDir string) *bridge {
 	if c.Bridge.MTU > 0 {
 		br["mtu"] = c.Bridge.MTU
 	}
-	plugins := []map[string]any{br, {"type": "portmap", "snat": true, "capabilities": map[string]bool{"portMappings": true}}}
-	conf, err := json.Marshal(map[string]any{"cniVersion": "0.4.0", "name": c.Bridge.Name, "plugins": plugins})
-	if err == nil {
-		b.list, err = libcni.ConfListFromBytes(conf)
+	list := func(plugins ...map[string]any) *libcni.NetworkConfigList {
+		conf, err := json.Marshal(map[string]any{"cniVersion": "0.4.0", "name": c.Bridge.Name, "plugins": plugins})
+		if err != nil {
+			b.listErr = err
+			return nil
+		}
+		l, err := libcni.ConfListFromBytes(conf)
+		b.listErr = errors.Join(b.listErr, err)
+		return l
 	}
-	b.listErr = err
+	b.bare = list(br)
+	b.list = list(br, map[string]any{"type": "portmap", "snat": true, "capabilities": map[string]bool{"portMappings": true}})
 	return b
 }
 
@@ -128,7 +137,11 @@ func (b *bridge) connect(ctx context.Context, id string, ports []sdk.PortMapping
 		if err := b.allow(ctx, p); err != nil {
 			return err
 		}
-		res, err := b.cni(p).AddNetworkList(ctx, b.list, b.conf(id, ports))
+		list := b.list
+		if len(ports) == 0 {
+			list = b.bare
+		}
+		res, err := b.cni(p).AddNetworkList(ctx, list, b.conf(id, ports))
 		if err != nil {
 			return err
 		}
@@ -149,29 +162,38 @@ func (b *bridge) connect(ctx context.Context, id string, ports []sdk.PortMapping
 }
 
 // allow lets the bridge's traffic through where a firewall's policy is to
-// drop: two rules a bridge. CNI's own firewall plugin makes rules for every
-// address, and leaves them behind when an ADD is interrupted.
+// drop, and out under the host's address: three rules a bridge. CNI's own
+// plugins can make such rules for every address, which takes ten runs of
+// iptables a container, and leave them behind when an ADD is interrupted.
 func (b *bridge) allow(ctx context.Context, p *programs) error {
-	if b.allowed {
-		return nil
+	run := func(verb string, rule []string) error {
+		_, err := p.run(ctx, "", "iptables", slices.Concat([]string{"-w", "10", "-t", rule[0], verb}, rule[1:])...)
+		return err
 	}
-	for _, rule := range [][]string{
-		{"-i", b.name, "-j", "ACCEPT"},
-		{"-o", b.name, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT"},
-	} {
-		run := func(verb string) error {
-			_, err := p.run(ctx, "", "iptables", append([]string{"-w", "10", verb, "FORWARD"}, rule...)...)
-			return err
-		}
-		if run("-C") == nil {
+	rules := b.rules()
+	if b.allowed && run("-C", rules[0]) == nil {
+		return nil // else somebody has loaded other rules since
+	}
+	b.allowed = false
+	for _, rule := range rules {
+		if run("-C", rule) == nil {
 			continue
 		}
-		if err := run("-I"); err != nil {
+		if err := run("-I", rule); err != nil {
 			return fmt.Errorf("let traffic of %s through the firewall: %w", b.name, err)
 		}
 	}
 	b.allowed = true
 	return nil
+}
+
+// rules are the bridge's own, each after the name of its table.
+func (b *bridge) rules() [][]string {
+	return [][]string{
+		{"nat", "POSTROUTING", "-s", b.subnet, "!", "-d", "224.0.0.0/4", "!", "-o", b.name, "-j", "MASQUERADE"},
+		{"filter", "FORWARD", "-i", b.name, "-j", "ACCEPT"},
+		{"filter", "FORWARD", "-o", b.name, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT"},
+	}
 }
 
 // release undoes makeNetNS and connect, whole or partly done, any number of

@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/cap"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -24,8 +24,8 @@ type plan struct {
 	task        sdk.TaskSpec
 	network     string
 	netns       string // path, bridge only
-	image       client.Image
-	config      ocispec.Image
+	image       images.Image
+	about       known // the image
 	snapshotter string
 	args        []string
 	init        string // host path of the init to bind, or empty
@@ -86,9 +86,9 @@ func (r *Runtime) plan(ctx context.Context, q sdk.StartRequest) (*plan, error) {
 		func() error { return checkNames(s) },
 		func() (err error) { p.security, err = parseSecurity(s.SecurityOptions); return },
 		func() (err error) { p.image, err = r.image(ctx, s); return },
-		func() (err error) { p.config, err = p.image.Spec(ctx); return },
+		func() (err error) { p.about, err = r.know(ctx, p.image.Target); return },
 		func() (err error) { p.snapshotter, err = r.chooseSnapshotter(ctx); return },
-		func() (err error) { p.args, err = command(s, p.config.Config); return },
+		func() (err error) { p.args, err = command(s, p.about.config); return },
 	} {
 		if err := check(); err != nil {
 			return nil, err

@@ -18,8 +18,10 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -60,12 +62,14 @@ type Runtime struct {
 	bootID   string
 	cgroups  cgroups
 
-	client   *client.Client
-	bridge   *bridge
-	ports    portTable
-	pulls    keyedMutex
-	tasks    keyedMutex
-	attempts map[string]sdk.Attempt // by container id, for events; guarded by mu
+	client     *client.Client
+	bridge     *bridge
+	known      knowledge
+	registries transports
+	ports      portTable
+	pulls      keyedMutex
+	tasks      keyedMutex
+	attempts   map[string]sdk.Attempt // by container id, for events; guarded by mu
 
 	bridgeless sync.Once // said that there is no bridge network; Info is asked again and again
 
@@ -98,6 +102,14 @@ func (r *Runtime) configure(c sdk.Config) error {
 	}
 	r.cgroups = findCgroups("/sys/fs/cgroup")
 	r.bridge = newBridge(cfg, r.runDir)
+	// Where images are looked into for a moment: what a killed process of this
+	// plugin had mounted there goes.
+	if err := mount.SetTempMountLocation(filepath.Join(r.runDir, "mounts")); err != nil {
+		return sdk.Errorf(sdk.Internal, "configure containerd", "%w", err)
+	}
+	if problems, err := mount.CleanupTempMounts(unix.MNT_DETACH); err != nil || problems != nil {
+		r.log.Warn("a mount is left from an earlier process", "err", errors.Join(append(problems, err)...))
+	}
 	r.client, err = client.New(cfg.Address, client.WithTimeout(2*time.Second), client.WithDefaultNamespace(cfg.Namespace))
 	if err != nil {
 		return sdk.Errorf(sdk.Invalid, "configure containerd", "%w", err)

@@ -100,33 +100,9 @@ func keptName(repository reference.Named, d digest.Digest) string {
 // local finds an image by digest without the network: that of a manifest, or
 // of an index whose manifest for the platform is here.
 func (p *pull) local(ctx context.Context, d digest.Digest) (sdk.Image, bool, error) {
-	cs := p.client.ContentStore()
-	info, err := cs.Info(ctx, d)
-	if errdefs.IsNotFound(err) {
-		return sdk.Image{}, false, nil
-	} else if err != nil {
+	manifest, err := p.localManifest(ctx, d)
+	if manifest == "" || err != nil {
 		return sdk.Image{}, false, err
-	}
-	raw, err := content.ReadBlob(ctx, cs, ocispec.Descriptor{Digest: d, Size: info.Size})
-	if errdefs.IsNotFound(err) {
-		return sdk.Image{}, false, nil
-	} else if err != nil {
-		return sdk.Image{}, false, err
-	}
-	var m struct {
-		Config    *ocispec.Descriptor  `json:"config"`
-		Manifests []ocispec.Descriptor `json:"manifests"`
-	}
-	if json.Unmarshal(raw, &m) != nil {
-		return sdk.Image{}, false, nil
-	}
-	manifest := d
-	if m.Config == nil {
-		chosen, err := p.choose(m.Manifests)
-		if err != nil {
-			return sdk.Image{}, false, err
-		}
-		manifest = chosen.Digest
 	}
 	rec, err := p.client.ImageService().Get(ctx, keptName(p.named, manifest))
 	if errdefs.IsNotFound(err) {
@@ -134,38 +110,121 @@ func (p *pull) local(ctx context.Context, d digest.Digest) (sdk.Image, bool, err
 	} else if err != nil {
 		return sdk.Image{}, false, err
 	}
-	img := client.NewImageWithPlatform(p.client, rec, platforms.All)
-	complete, _, _, missing, err := images.Check(ctx, cs, rec.Target, platforms.All)
-	if err != nil {
+	about, err := p.know(ctx, rec.Target)
+	if errdefs.IsNotFound(err) {
+		return sdk.Image{}, false, nil
+	} else if err != nil {
 		return sdk.Image{}, false, err
 	}
-	if !complete || len(missing) > 0 {
-		return sdk.Image{}, false, nil
+	if !about.whole {
+		complete, _, _, missing, err := images.Check(ctx, p.client.ContentStore(), rec.Target, platforms.All)
+		if err != nil {
+			return sdk.Image{}, false, err
+		}
+		if !complete || len(missing) > 0 {
+			return sdk.Image{}, false, nil
+		}
+		p.known.note(manifest, func(i *known) { i.whole = true })
 	}
-	unpacked, err := img.IsUnpacked(ctx, p.snapshotter)
+	unpacked, err := p.unpacked(ctx, p.snapshotter, about)
 	if err != nil {
 		return sdk.Image{}, false, err
 	}
 	if !unpacked {
+		// Whoever removed the snapshot may have removed more.
+		p.known.note(manifest, func(i *known) { i.whole = false })
+		if about.whole {
+			return p.local(ctx, d)
+		}
+		img := client.NewImageWithPlatform(p.client, rec, platforms.All)
 		if err := img.Unpack(ctx, p.snapshotter); err != nil {
 			return sdk.Image{}, false, err
 		}
 	}
-	return p.result(ctx, img)
+	p.progress(about.layers)
+	return p.image(rec.Target, about), true, nil
 }
 
-func (p *pull) result(ctx context.Context, img client.Image) (sdk.Image, bool, error) {
-	size, err := img.Usage(ctx)
-	if err != nil {
-		return sdk.Image{}, false, err
+func (p *pull) image(manifest ocispec.Descriptor, about known) sdk.Image {
+	return sdk.Image{Reference: p.normal, Digest: manifest.Digest.String(), Bytes: about.bytes}
+}
+
+// localManifest reads from what is here which manifest a digest means; none
+// when that is not here.
+func (p *pull) localManifest(ctx context.Context, d digest.Digest) (digest.Digest, error) {
+	if m, ok := p.known.manifest(d, p.want); ok {
+		return m, nil
 	}
-	return sdk.Image{Reference: p.normal, Digest: img.Target().Digest.String(), Bytes: uint64(size)}, true, nil
+	cs := p.client.ContentStore()
+	info, err := cs.Info(ctx, d)
+	if errdefs.IsNotFound(err) {
+		return "", nil
+	} else if err != nil {
+		return "", err
+	}
+	raw, err := content.ReadBlob(ctx, cs, ocispec.Descriptor{Digest: d, Size: info.Size})
+	if errdefs.IsNotFound(err) {
+		return "", nil
+	} else if err != nil {
+		return "", err
+	}
+	var m struct {
+		Config    *ocispec.Descriptor  `json:"config"`
+		Manifests []ocispec.Descriptor `json:"manifests"`
+	}
+	if json.Unmarshal(raw, &m) != nil {
+		return "", nil
+	}
+	manifest := d
+	if m.Config == nil {
+		chosen, err := p.choose(m.Manifests)
+		if err != nil {
+			return "", err
+		}
+		manifest = chosen.Digest
+		// An index that nothing holds is fetched as if it were not here, which
+		// ends with its being held.
+		switch about, err := cs.Info(ctx, manifest); {
+		case errdefs.IsNotFound(err):
+			return "", nil
+		case err != nil:
+			return "", err
+		case about.Labels[holds(d)] == "":
+			return "", nil
+		}
+	}
+	p.known.noteManifest(d, p.want, manifest)
+	return manifest, nil
+}
+
+// fits checks the platform of an image that is known, and not by an index:
+// what an index says counts more than what the image says itself.
+func (p *pull) fits(ctx context.Context, manifest ocispec.Descriptor) error {
+	about, err := p.know(ctx, manifest)
+	if err != nil {
+		return err
+	}
+	if has := about.platform; has.Architecture != "" && !p.match.Match(has) {
+		return p.noPlatform([]string{platforms.FormatAll(has)})
+	}
+	return nil
 }
 
 // remote asks the registry what the reference means, chooses the platform and
 // fetches what is missing.
 func (p *pull) remote(ctx context.Context) (sdk.Image, error) {
-	resolver := p.cfg.resolver(p.creds)
+	resolver := p.registries.resolver(p.cfg, p.creds)
+	name, desc, err := resolver.Resolve(ctx, p.named.String())
+	if err != nil {
+		return sdk.Image{}, err
+	}
+	// Most often the tag means what it meant before.
+	if img, found, err := p.local(ctx, desc.Digest); found || err != nil {
+		if err == nil && !images.IsIndexType(desc.MediaType) {
+			err = p.fits(ctx, desc)
+		}
+		return img, err
+	}
 	// Everything fetched is held by a lease until the image record holds it.
 	ctx, release, err := p.client.WithLease(ctx)
 	if err != nil {
@@ -176,15 +235,10 @@ func (p *pull) remote(ctx context.Context) (sdk.Image, error) {
 		defer cancel()
 		_ = release(ctx)
 	}()
-	name, desc, err := resolver.Resolve(ctx, p.named.String())
-	if err != nil {
-		return sdk.Image{}, err
-	}
 	fetcher, err := resolver.Fetcher(ctx, name)
 	if err != nil {
 		return sdk.Image{}, err
 	}
-	indexed := desc
 	manifest, err := p.manifest(ctx, fetcher, desc)
 	if err != nil {
 		return sdk.Image{}, err
@@ -209,22 +263,32 @@ func (p *pull) remote(ctx context.Context) (sdk.Image, error) {
 		}
 		return sdk.Image{}, err
 	}
-	if indexed.Digest != manifest.Digest {
+	if desc.Digest != manifest.Digest {
 		// Hold the index too: a reference by its digest then needs no network.
-		if err := p.holdIndex(ctx, img, indexed.Digest); err != nil {
+		if err := p.holdIndex(ctx, img, desc.Digest); err != nil {
 			return sdk.Image{}, err
 		}
 	}
-	res, _, err := p.result(ctx, img)
-	return res, err
+	about, err := p.know(ctx, img.Target())
+	if err != nil {
+		return sdk.Image{}, err
+	}
+	p.known.note(manifest.Digest, func(i *known) { i.whole = true })
+	p.known.noteManifest(desc.Digest, p.want, manifest.Digest)
+	return p.image(img.Target(), about), nil
+}
+
+// holds is the label of a manifest that holds an index against containerd's
+// garbage collection.
+func holds(index digest.Digest) string {
+	return "containerd.io/gc.ref.content.belay.index." + index.Encoded()[:12]
 }
 
 // holdIndex ties the index's blob to the manifest's, which the image holds.
 func (p *pull) holdIndex(ctx context.Context, img client.Image, index digest.Digest) error {
-	const field = "containerd.io/gc.ref.content.belay.index"
 	_, err := p.client.ContentStore().Update(ctx, content.Info{
-		Digest: img.Target().Digest, Labels: map[string]string{field + "." + index.Encoded()[:12]: index.String()},
-	}, "labels."+field+"."+index.Encoded()[:12])
+		Digest: img.Target().Digest, Labels: map[string]string{holds(index): index.String()},
+	}, "labels."+holds(index))
 	return err
 }
 
@@ -342,20 +406,18 @@ func (p *pull) small(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.
 }
 
 // image finds what Pull made for Start.
-func (r *Runtime) image(ctx context.Context, s sdk.ContainerSpec) (client.Image, error) {
+func (r *Runtime) image(ctx context.Context, s sdk.ContainerSpec) (images.Image, error) {
 	named, err := reference.ParseDockerRef(s.Image)
 	if err != nil {
-		return nil, sdk.Errorf(sdk.Invalid, "", "image %q: %w", s.Image, err)
+		return images.Image{}, sdk.Errorf(sdk.Invalid, "", "image %q: %w", s.Image, err)
 	}
 	d, err := digest.Parse(s.Digest)
 	if err != nil {
-		return nil, sdk.Errorf(sdk.Invalid, "", "image digest %q: %w", s.Digest, err).WithHint("start with the digest that Pull returned")
+		return images.Image{}, sdk.Errorf(sdk.Invalid, "", "image digest %q: %w", s.Digest, err).WithHint("start with the digest that Pull returned")
 	}
 	rec, err := r.client.ImageService().Get(ctx, keptName(named, d))
 	if errdefs.IsNotFound(err) {
-		return nil, sdk.Errorf(sdk.NotFound, "", "image %s is not on this device", fmt.Sprintf("%s@%s", s.Image, d)).WithHint("pull it first")
-	} else if err != nil {
-		return nil, err
+		return images.Image{}, sdk.Errorf(sdk.NotFound, "", "image %s is not on this device", fmt.Sprintf("%s@%s", s.Image, d)).WithHint("pull it first")
 	}
-	return client.NewImageWithPlatform(r.client, rec, platforms.All), nil
+	return rec, err
 }

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -20,15 +21,58 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
+// transports are connections to registries that the next pull can use: a
+// task's images are often in one registry, and a handshake costs more than
+// asking what a tag means. The zero value is ready.
+type transports struct {
+	mu  sync.Mutex
+	all map[string]transport
+}
+
+type transport struct {
+	http.RoundTripper
+	made time.Time
+	idle func() // closes connections that nobody uses
+}
+
+const (
+	// transportLife bounds how long it is remembered how a registry is
+	// reached: it may change from plain HTTP to TLS.
+	transportLife  = time.Minute
+	mostTransports = 16
+)
+
+// get returns the transport of this name, made if there is none.
+func (ts *transports) get(name string, make func() transport) http.RoundTripper {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	if t, ok := ts.all[name]; ok && time.Since(t.made) < transportLife {
+		return t
+	}
+	for n, t := range ts.all {
+		if n == name || time.Since(t.made) >= transportLife || len(ts.all) >= mostTransports {
+			t.idle()
+			delete(ts.all, n)
+		}
+	}
+	t := make()
+	t.made = time.Now()
+	if ts.all == nil {
+		ts.all = map[string]transport{}
+	}
+	ts.all[name] = t
+	return t
+}
+
 // resolver reaches the registry of one pull. The task's own credentials go to
 // the registry the reference names, never to a mirror of it.
-func (c Config) resolver(creds *sdk.Credentials) remotes.Resolver {
+func (ts *transports) resolver(c Config, creds *sdk.Credentials) remotes.Resolver {
 	return docker.NewResolver(docker.ResolverOptions{
 		Hosts: func(host string) ([]docker.RegistryHost, error) {
 			var all []docker.RegistryHost
 			for _, m := range c.Registries[host].Mirrors {
 				name, path, _ := strings.Cut(m, "/")
-				h, err := c.host(name, nil)
+				h, err := ts.host(c, name, nil)
 				if err != nil {
 					return nil, err
 				}
@@ -37,7 +81,7 @@ func (c Config) resolver(creds *sdk.Credentials) remotes.Resolver {
 				}
 				all = append(all, h)
 			}
-			h, err := c.host(host, creds)
+			h, err := ts.host(c, host, creds)
 			if err != nil {
 				return nil, err
 			}
@@ -47,12 +91,13 @@ func (c Config) resolver(creds *sdk.Credentials) remotes.Resolver {
 }
 
 // host says how one registry is reached.
-func (c Config) host(name string, creds *sdk.Credentials) (docker.RegistryHost, error) {
+func (ts *transports) host(c Config, name string, creds *sdk.Credentials) (docker.RegistryHost, error) {
 	reg := c.Registries[name]
+	var pem []byte
 	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: reg.SkipVerify}
 	if reg.CA != "" {
-		pem, err := os.ReadFile(reg.CA)
-		if err != nil {
+		var err error
+		if pem, err = os.ReadFile(reg.CA); err != nil {
 			return docker.RegistryHost{}, sdk.Errorf(sdk.Invalid, "", "read the CA of registry %s: %w", name, err)
 		}
 		pool, err := x509.SystemCertPool()
@@ -64,22 +109,25 @@ func (c Config) host(name string, creds *sdk.Credentials) (docker.RegistryHost, 
 		}
 		tlsConfig.RootCAs = pool
 	}
-	transport := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		TLSClientConfig:       tlsConfig,
-		TLSHandshakeTimeout:   15 * time.Second,
-		ResponseHeaderTimeout: 60 * time.Second,
-		IdleConnTimeout:       5 * time.Second, // the transport lives for one pull
-		ForceAttemptHTTP2:     true,
-	}
-	scheme, client := "https", &http.Client{Transport: transport}
-	switch {
-	case reg.PlainHTTP != nil && *reg.PlainHTTP:
+	scheme := "https"
+	if reg.PlainHTTP != nil && *reg.PlainHTTP {
 		scheme = "http"
-	case reg.PlainHTTP == nil && reg.CA == "" && docker.IsLocalhost(name):
-		client.Transport = docker.NewHTTPFallback(transport)
 	}
+	client := &http.Client{Transport: ts.get(name+"\x00"+string(pem), func() transport {
+		t := &http.Transport{
+			Proxy:                 http.ProxyFromEnvironment,
+			DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+			TLSClientConfig:       tlsConfig,
+			TLSHandshakeTimeout:   15 * time.Second,
+			ResponseHeaderTimeout: 60 * time.Second,
+			IdleConnTimeout:       10 * time.Second,
+			ForceAttemptHTTP2:     true,
+		}
+		if reg.PlainHTTP == nil && reg.CA == "" && docker.IsLocalhost(name) {
+			return transport{RoundTripper: docker.NewHTTPFallback(t), idle: t.CloseIdleConnections}
+		}
+		return transport{RoundTripper: t, idle: t.CloseIdleConnections}
+	})}
 	user, pass := reg.Username, reg.Password
 	if creds != nil && creds.Username != "" {
 		user, pass = creds.Username, creds.Password

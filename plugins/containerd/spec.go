@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/containerd/v2/contrib/seccomp"
 	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	kernelseccomp "github.com/containerd/containerd/v2/pkg/seccomp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -26,14 +27,14 @@ func edit(f func(*oci.Spec)) oci.SpecOpts {
 
 // specOpts turns the plan into the runtime's words. Their order matters:
 // environment and user before what reads them, seccomp after capabilities.
-func (p *plan) specOpts() []oci.SpecOpts {
+func (r *Runtime) specOpts(p *plan, root []mount.Mount) []oci.SpecOpts {
 	s := p.q.Spec
 	opts := []oci.SpecOpts{
 		oci.WithoutRunMount, // images keep files in /run
 		edit(p.process),
-		oci.WithEnv(p.config.Config.Env),
+		oci.WithEnv(p.about.config.Env),
 		oci.WithEnv(s.Env),
-		p.user(),
+		r.user(p, root),
 		edit(p.mounts),
 		edit(p.namespaces),
 		edit(p.limits),
@@ -79,10 +80,10 @@ func (p *plan) process(s *oci.Spec) {
 	switch {
 	case p.q.Spec.WorkingDir != "":
 		s.Process.Cwd = p.q.Spec.WorkingDir
-	case p.config.Config.WorkingDir != "":
-		s.Process.Cwd = p.config.Config.WorkingDir
+	case p.about.config.WorkingDir != "":
+		s.Process.Cwd = p.about.config.WorkingDir
 	}
-	if len(p.config.Config.Env) == 0 {
+	if len(p.about.config.Env) == 0 {
 		s.Process.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	}
 	if p.q.Spec.Terminal {

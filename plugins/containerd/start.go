@@ -14,8 +14,9 @@ import (
 
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/leases"
-	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 
@@ -157,6 +158,7 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 	}
 	// The address is needed when the program runs, not before: CNI plugins
 	// and runc work side by side.
+	var rec containers.Container
 	g, gctx := errgroup.WithContext(ctx)
 	if p.network == sdk.NetworkBridge {
 		g.Go(func() error {
@@ -167,7 +169,7 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 			return r.writeAddress(id, p, ip)
 		})
 	}
-	g.Go(func() error { return r.createTask(gctx, p) })
+	g.Go(func() (err error) { rec, err = r.createTask(gctx, p); return })
 	if err := g.Wait(); err != nil {
 		return sdk.Container{}, err
 	}
@@ -185,22 +187,28 @@ func (r *Runtime) create(ctx context.Context, q sdk.StartRequest) (_ sdk.Contain
 	if err != nil {
 		err = errgrpc.ToNative(err)
 	}
-	h, found := r.find(ctx, q.Attempt)
+	// It may have ended by now: what counts is how it is, not that it started.
+	var h held
+	proc, found := r.process(ctx, id)
+	if found == nil {
+		h, found = r.view(rec, proc)
+	}
 	switch {
-	case found == nil && h != nil && (err == nil || h.container.State == sdk.StateRunning):
-		return h.container, nil
 	case found != nil:
 		unknown = true
 		return sdk.Container{}, errors.Join(err, found)
-	case err != nil:
-		return sdk.Container{}, err
+	case err == nil || h.container.State == sdk.StateRunning:
+		return h.container, nil
 	}
-	return sdk.Container{}, errors.New("containerd lost the container it just started")
+	return sdk.Container{}, err
 }
 
 // createTask makes the container's record, root file system and process; the
-// process waits to be started.
-func (r *Runtime) createTask(ctx context.Context, p *plan) error {
+// process waits to be started. It returns the record.
+//
+// It calls containerd's services one by one where its client would read again
+// and again what is known here.
+func (r *Runtime) createTask(ctx context.Context, p *plan) (containers.Container, error) {
 	labels := map[string]string{}
 	for k, v := range p.q.Spec.Labels {
 		labels[k] = v
@@ -208,57 +216,58 @@ func (r *Runtime) createTask(ctx context.Context, p *plan) error {
 	a := p.q.Attempt
 	for k, v := range map[string]string{
 		labelOwner: r.owner, labelTask: a.Task, labelContainer: a.Container, labelAttempt: strconv.Itoa(a.Number),
-		labelBoot: r.bootID, labelDigest: p.q.Spec.Digest, labelNetwork: p.network, labelStop: p.config.Config.StopSignal,
+		labelBoot: r.bootID, labelDigest: p.q.Spec.Digest, labelNetwork: p.network, labelStop: p.about.config.StopSignal,
 	} {
 		labels[k] = v
 	}
 	for i, m := range p.q.Spec.Ports {
 		labels[labelPort+strconv.Itoa(i)] = portLabel(m)
 	}
-	// Of a known name: one that a killed process has left can be found.
+	// Of a known name: one that a killed process has left can be found. The
+	// container's record takes over what it holds, and it ends by itself or
+	// with the container: ending it here would be one more write to wait for.
 	_, err := r.client.LeasesService().Create(ctx, leases.WithID(p.id), leases.WithExpiration(time.Hour))
 	if err != nil && !errdefs.IsAlreadyExists(err) {
-		return err
+		return containers.Container{}, err
 	}
 	leased := leases.WithLease(ctx, p.id)
-	make := func() (client.Container, error) {
-		return r.client.NewContainer(leased, p.id,
-			client.WithContainerLabels(labels),
-			client.WithRuntime(r.cfg.Runtime, nil),
-			client.WithSnapshotter(p.snapshotter),
-			client.WithNewSnapshot(p.id, p.image),
-			client.WithNewSpec(p.specOpts()...),
-		)
-	}
-	c, err := make()
+	snapshots := r.client.SnapshotService(p.snapshotter)
+	root, err := snapshots.Prepare(leased, p.id, p.about.chain)
 	if errdefs.IsAlreadyExists(err) {
 		// A snapshot whose container was never recorded.
-		if e := r.client.SnapshotService(p.snapshotter).Remove(ctx, p.id); e != nil && !errdefs.IsNotFound(e) {
-			return errors.Join(err, e)
+		if e := snapshots.Remove(ctx, p.id); e != nil && !errdefs.IsNotFound(e) {
+			return containers.Container{}, errors.Join(err, e)
 		}
-		c, err = make()
+		root, err = snapshots.Prepare(leased, p.id, p.about.chain)
 	}
 	if err != nil {
-		return err
+		return containers.Container{}, fmt.Errorf("make the root file system: %w", err)
 	}
-	if err := r.dropLease(ctx, p.id); err != nil { // the record holds it all now
-		return err
+	rec := containers.Container{
+		ID: p.id, Labels: labels, Image: p.image.Name, Runtime: containers.RuntimeInfo{Name: r.cfg.Runtime},
+		Snapshotter: p.snapshotter, SnapshotKey: p.id,
 	}
-	_, err = c.NewTask(ctx, func(string) (cio.IO, error) {
-		return output{cio.Config{Terminal: p.q.Spec.Terminal, Stdin: p.stdin, Stdout: p.q.Stdout, Stderr: p.stderr()}}, nil
+	if err := client.WithNewSpec(r.specOpts(p, root)...)(ctx, r.client, &rec); err != nil {
+		return rec, err
+	}
+	if rec, err = r.client.ContainerService().Create(leased, rec); err != nil {
+		return rec, err
+	}
+	r.mu.Lock()
+	r.attempts[p.id] = a // its events need not ask for the record
+	r.mu.Unlock()
+	_, err = r.client.TaskService().Create(ctx, &tasksapi.CreateTaskRequest{
+		ContainerID: p.id, Rootfs: mount.ToProto(root),
+		// The shim opens these itself: plugin and agent may die, and the
+		// container keeps writing. It takes plain paths as FIFOs or as files
+		// to append to.
+		Terminal: p.q.Spec.Terminal, Stdin: p.stdin, Stdout: p.q.Stdout, Stderr: p.stderr(),
 	})
-	return err
+	if err != nil {
+		err = errgrpc.ToNative(err)
+	}
+	return rec, err
 }
-
-// output names the container's standard streams to the shim, which opens them
-// itself: plugin and agent may die, and the container keeps writing. The shim
-// takes plain paths as FIFOs or as files to append to.
-type output struct{ config cio.Config }
-
-func (o output) Config() cio.Config { return o.config }
-func (output) Cancel()              {}
-func (output) Wait()                {}
-func (output) Close() error         { return nil }
 
 // dropLease ends the hold on what createTask makes; none is no error.
 func (r *Runtime) dropLease(ctx context.Context, id string) error {

@@ -27,22 +27,23 @@ import (
 // user resolves names in the image's own /etc/passwd and /etc/group. The
 // client library could, but its way to the files brings text/template, whose
 // calls by name make the linker keep every exported method of the binary: a
-// fifth of it.
-func (p *plan) user() oci.SpecOpts {
+// fifth of it. root is the fresh snapshot of the image.
+func (r *Runtime) user(p *plan, root []mount.Mount) oci.SpecOpts {
 	name := p.q.Spec.User
 	if name == "" {
-		name = p.config.Config.User
+		name = p.about.config.User
 	}
-	return func(ctx context.Context, c oci.Client, rec *containers.Container, s *oci.Spec) error {
-		mounts, err := c.SnapshotService(rec.Snapshotter).Mounts(ctx, rec.SnapshotKey)
-		if err != nil {
-			return fmt.Errorf("find the image's file system: %w", err)
+	return func(ctx context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error {
+		if u, ok := r.known.user(p.image.Target.Digest, name); ok {
+			s.Process.User = u
+			return nil
 		}
-		return mount.WithReadonlyTempMount(ctx, mounts, func(root string) error {
+		return mount.WithReadonlyTempMount(ctx, root, func(root string) error {
 			u, err := resolveUser(root, name)
 			if err != nil {
 				return sdk.Errorf(sdk.Invalid, "", "user %q: %w", name, err).WithHint("name a user of the image's /etc/passwd, or a number")
 			}
+			r.known.noteUser(p.image.Target.Digest, name, u)
 			s.Process.User = u
 			return nil
 		})
