@@ -37,7 +37,7 @@ demo: setup build ## a control plane, a device and a container on this machine, 
 	@$(GOBUILD) -o $(BIN)/demo ./packaging/dev/demo
 	@exec $(BIN)/demo -bin $(BIN)
 
-test: setup build lint test-modules ## everything, race detector on
+test: setup build lint test-modules test-teeth ## everything, race detector on
 
 # The black-box suite has the machine to itself: it holds promises in seconds.
 # Results and the reason of every skipped test are shown, the rest is in the log.
@@ -52,7 +52,7 @@ test-modules:
 	@echo "== go test hw-tests"; export BELAY_BIN=$(abspath $(BIN)); $(GOTEST) -p 1 ./hw-tests/... $(SHOW)
 
 lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
-	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
+	@test -z "$$(gofmt -l . | tee >(cat >&2))" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
 	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && export CGO_ENABLED=0 GOFLAGS="$(FLAGS)" && go mod tidy -diff >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
 
 test-teeth: ## for each rule for runtimes, one that breaks it and no other (minutes)

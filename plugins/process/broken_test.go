@@ -321,8 +321,8 @@ func (f *flawed) Stop(ctx context.Context, a sdk.Attempt, grace time.Duration) (
 	done, held := f.mark("stop", a)
 	defer done()
 	switch {
-	case f.mode == "rt-impatient" && grace > 0 && grace < time.Second:
-		grace /= 2
+	case f.mode == "rt-impatient" && grace > 0 && grace < 2*time.Second:
+		grace = time.Millisecond
 	case f.mode == "rt-slow-kill" && grace == 0 && !stopped && strings.Contains(script, "trap '' TERM"):
 		<-time.After(9 * time.Second)
 	}

@@ -122,7 +122,7 @@ func testStopTerm(t T, r *rig) {
 func testStopKill(t T, r *rig) {
 	req, c := r.start(t, ignoreTerm)
 	r.wantOutput(t, req.Stdout, "ready\n")
-	const grace = 700 * time.Millisecond
+	const grace = 1500 * time.Millisecond
 	begun := time.Now()
 	stopped, err := r.runtime.Stop(r.ctx(t), req.Attempt, grace)
 	if err != nil {
