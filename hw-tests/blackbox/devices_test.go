@@ -62,7 +62,7 @@ func miscNodes(t *testing.T) map[string]uint32 {
 func newTwins(t *testing.T, runtime string) *twins {
 	t.Helper()
 	w := &twins{devices: tempDir(t)}
-	if runtime == "containerd" {
+	if runtime != "process" {
 		w.nodes = miscNodes(t)
 	}
 	for _, id := range []string{"a", "b"} {
@@ -93,9 +93,7 @@ func newTwins(t *testing.T, runtime string) *twins {
 	s.cli = s.Control.CLI()
 	s.agent = newDevice(t, s.cli, s.dir, func(a *rig.Agent) {
 		a.Config = filepath.Join(s.dir, "agent.toml")
-		if runtime == "containerd" {
-			s.namespace = host(t).prepare(t, a, s.dir)
-		}
+		s.prepare(t, a)
 		text, _ := os.ReadFile(a.Config)
 		text = append(text, fmt.Sprintf("[plugins.twin]\ndir = %q\nnodes = %t\n", w.devices, w.nodes != nil)...)
 		if err := os.WriteFile(a.Config, text, 0o600); err != nil {

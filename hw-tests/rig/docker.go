@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -129,6 +130,13 @@ func (d *Docker) Stop() error {
 	defer d.mu.Unlock()
 	_, err := d.p.Stop(30 * time.Second)
 	return err
+}
+
+// Signal sends a signal to the daemon alone.
+func (d *Docker) Signal(s syscall.Signal) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.p.Signal(s)
 }
 
 // Log is the path of the daemon's log.
