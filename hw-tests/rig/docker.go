@@ -89,8 +89,12 @@ func (d *Docker) Restart(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	// One that was killed leaves it, and the number may be somebody's by now.
-	if err := os.RemoveAll(filepath.Join(d.dir, "pid")); err != nil {
-		return err
+	// The daemon takes its containerd of before for alive while the dead one
+	// is a zombie, which it stays in a container whose first process reaps none.
+	for _, f := range []string{filepath.Join(d.dir, "pid"), filepath.Join(d.sock, "x", "containerd", "containerd.pid")} {
+		if err := os.RemoveAll(f); err != nil {
+			return err
+		}
 	}
 	args := []string{"--data-root", filepath.Join(d.dir, "root"), "--exec-root", filepath.Join(d.sock, "x"),
 		"--pidfile", filepath.Join(d.dir, "pid"), "--config-file", filepath.Join(d.dir, "daemon.json"),
