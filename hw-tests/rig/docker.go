@@ -22,7 +22,7 @@ type Docker struct {
 	dir    string
 	sock   string // directory of the socket
 	bridge string
-	live   bool
+	opts   DockerOptions
 
 	mu sync.Mutex
 	p  *Process
@@ -30,7 +30,8 @@ type Docker struct {
 
 // DockerOptions choose how a daemon behaves.
 type DockerOptions struct {
-	LiveRestore bool // containers outlive the daemon
+	LiveRestore bool              // containers outlive the daemon
+	Runtimes    map[string]string // further OCI runtimes: a program by name
 }
 
 // StartDocker starts a Docker daemon under dir, which is made when missing. It
@@ -54,7 +55,7 @@ func StartDocker(ctx context.Context, dir string, o DockerOptions) (*Docker, err
 	if err != nil {
 		return nil, err
 	}
-	d := &Docker{Address: filepath.Join(sock, "d.sock"), dir: dir, sock: sock, live: o.LiveRestore}
+	d := &Docker{Address: filepath.Join(sock, "d.sock"), dir: dir, sock: sock, opts: o}
 	if err := errors.Join(d.makeBridge(), os.WriteFile(filepath.Join(dir, "daemon.json"), []byte("{}\n"), 0o600)); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -100,8 +101,11 @@ func (d *Docker) Restart(ctx context.Context) error {
 		"--pidfile", filepath.Join(d.dir, "pid"), "--config-file", filepath.Join(d.dir, "daemon.json"),
 		"--host", "unix://" + d.Address, "--bridge", d.bridge, "--insecure-registry", "127.0.0.0/8",
 		"--iptables=false", "--ip-masq=false", "--ip-forward=false"}
-	if d.live {
+	if d.opts.LiveRestore {
 		args = append(args, "--live-restore")
+	}
+	for name, path := range d.opts.Runtimes {
+		args = append(args, "--add-runtime", name+"="+path)
 	}
 	p, err := start(d.dir, "dockerd", nil, "dockerd", args...)
 	if err != nil {

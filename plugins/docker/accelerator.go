@@ -225,19 +225,3 @@ func (c *cdiGroup) apply(s *sdk.ContainerSpec) error {
 func hasEnv(env []string, name string) bool {
 	return slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
 }
-
-// lastOf keeps of several values of a variable the last, where the first was.
-func lastOf(env []string) []string {
-	at := map[string]int{}
-	var out []string
-	for _, e := range env {
-		name, _, _ := strings.Cut(e, "=")
-		if i, ok := at[name]; ok {
-			out[i] = e
-			continue
-		}
-		at[name] = len(out)
-		out = append(out, e)
-	}
-	return out
-}

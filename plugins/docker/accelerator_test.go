@@ -75,7 +75,7 @@ func TestCDIDevicesInDockersWords(t *testing.T) {
 	if d := cmp.Diff(want, have); d != "" {
 		t.Errorf("(-want +got):\n%s", d)
 	}
-	if d := cmp.Diff([]string{"OWN=theirs", "DRIVER=1.2", "GPU=1"}, c.Env); d != "" {
+	if d := cmp.Diff([]string{"OWN=mine", "DRIVER=1.2", "OWN=theirs", "GPU=0", "GPU=1"}, c.Env); d != "" {
 		t.Errorf("environment (-want +got):\n%s", d)
 	}
 	if after, _ := json.Marshal(own); string(after) != string(before) {
@@ -96,7 +96,7 @@ func TestCDIHooksAndDocker(t *testing.T) {
 		refusal    []string
 	}{
 		{name: "the nvidia runtime", kind: "nvidia.com/gpu", daemon: daemonInfo{Runtimes: nvidia}, own: []string{"NVIDIA_VISIBLE_DEVICES=all"},
-			want: handed{runtime: "nvidia"}, env: []string{"NVIDIA_VISIBLE_DEVICES=1,0", "NVIDIA_DRIVER_CAPABILITIES=all"}},
+			want: handed{runtime: "nvidia"}, env: []string{"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=all", "NVIDIA_VISIBLE_DEVICES=1,0"}},
 		{name: "the nvidia runtime, capabilities chosen", kind: "nvidia.com/gpu", daemon: daemonInfo{Runtimes: nvidia}, own: []string{"NVIDIA_DRIVER_CAPABILITIES=video"},
 			want: handed{runtime: "nvidia"}, env: []string{"NVIDIA_DRIVER_CAPABILITIES=video", "NVIDIA_VISIBLE_DEVICES=1,0"}},
 		{name: "a daemon that knows CDI", kind: "nvidia.com/gpu", daemon: daemonInfo{Runtimes: nvidia, CDISpecDirs: []string{"/etc/cdi"}},
@@ -124,7 +124,7 @@ func TestCDIHooksAndDocker(t *testing.T) {
 			if d := cmp.Diff(c.want, by, cmp.AllowUnexported(handed{})); d != "" {
 				t.Errorf("(-want +got):\n%s", d)
 			}
-			if d := cmp.Diff(c.env, lastOf(got.Env)); d != "" || got.CDIDevices != nil || got.Devices != nil {
+			if d := cmp.Diff(c.env, got.Env); d != "" || got.CDIDevices != nil || got.Devices != nil {
 				t.Errorf("%+v, environment (-want +got):\n%s", got, d)
 			}
 		})

@@ -105,7 +105,7 @@ var logging = logConfig{Type: "local", Config: map[string]string{"max-size": "10
 func (r *Runtime) request(q sdk.StartRequest, t sdk.TaskSpec, d *daemonInfo, by handed, network string, stdout, stderr target) *createRequest {
 	s := q.Spec
 	c := &createRequest{
-		Image: pinned(s.Image, s.Digest), Entrypoint: s.EntryPoint, Cmd: s.Command, Env: lastOf(s.Env),
+		Image: pinned(s.Image, s.Digest), Entrypoint: s.EntryPoint, Cmd: s.Command, Env: s.Env,
 		WorkingDir: s.WorkingDir, User: s.User, Hostname: s.Hostname, Tty: s.Terminal, OpenStdin: s.StdinOpen,
 		Labels:      r.labels(q, stdout, stderr),
 		Healthcheck: map[string][]string{"Test": {"NONE"}}, // health is the agent's to ask for
