@@ -216,7 +216,7 @@ func dockerHangs(t *testing.T, s *site, d *rig.Docker) {
 		t.Fatal(err)
 	}
 	defer d.Signal(syscall.SIGCONT)
-	hang := 5 * time.Second
+	hang := 3 * time.Second
 	if atLength() {
 		hang = 35 * time.Second
 	}

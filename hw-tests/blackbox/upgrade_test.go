@@ -29,8 +29,8 @@ func newer(t *testing.T, to string, addition string) (sum string) {
 }
 
 // TestUpgradePlugins replaces the runtimes' binary under a running agent, as a
-// package manager would: first by pointing its links to another file, then by
-// renaming another file over that. Tasks do not notice.
+// package manager would: by pointing its links to another file, and at length
+// by renaming another file over that. Tasks do not notice.
 func TestUpgradePlugins(t *testing.T) {
 	runtimes := map[string]*site{"process": nil}
 	if os.Getuid() == 0 {
@@ -93,7 +93,7 @@ func TestUpgradePlugins(t *testing.T) {
 		before[name] = on.run(t, "keep-"+name, container{"name": "c", "script": counting(s.dir, name)})
 	}
 	second := filepath.Join(libexec, "second")
-	for i, upgrade := range []func(){
+	upgrades := []func(){
 		func() { sums = append(sums, newer(t, second, "2")); point(second) },
 		func() {
 			sums = append(sums, newer(t, second+".new", "3"))
@@ -101,7 +101,11 @@ func TestUpgradePlugins(t *testing.T) {
 				t.Fatal(err)
 			}
 		},
-	} {
+	}
+	if !atLength() {
+		upgrades = upgrades[:1]
+	}
+	for i, upgrade := range upgrades {
 		for name := range runtimes {
 			if p := pluginSays(t, s, name, "the plugin to be up", sound); p.Checksum != sums[i] {
 				t.Errorf("%s has checksum %s before upgrade %d, want %s", name, p.Checksum, i+1, sums[i])

@@ -13,7 +13,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
-	"github.com/belay-edge/belay/hw-tests/rig"
 	"github.com/belay-edge/belay/images"
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -302,57 +301,4 @@ func TestRefusals(t *testing.T) {
 	if inv, err := w.rt.List(w.ctx()); err != nil || len(inv.Containers) > 0 {
 		t.Errorf("left behind: %+v, %v", inv.Containers, err)
 	}
-}
-
-// TestRegistriesAndPlatforms: credentials are the plugin's configuration's or
-// the request's; an image for another processor is pulled when asked for.
-func TestRegistriesAndPlatforms(t *testing.T) {
-	daemons(t)
-	locked, err := rig.StartRegistry(t.Context(), filepath.Join(t.TempDir(), "locked"), rig.RegistryOptions{Username: "belay", Password: "se$ret"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer locked.Close()
-	_, err = images.Push(t.Context(), images.Target{Registry: locked.Address, PlainHTTP: true, Username: "belay", Password: "se$ret"}, images.Options{Root: "../..", HostOnly: true}, images.Workload)
-	if err != nil {
-		t.Fatal(err)
-	}
-	image := locked.Address + "/" + images.Workload + ":1"
-	entry := func(password string) string {
-		return fmt.Sprintf(`,"registries":{%q:{"username":"belay","password":%q}}`, locked.Address, password)
-	}
-	for _, c := range []struct {
-		name, config string
-		credentials  *sdk.Credentials
-		ok           bool
-	}{
-		{name: "none", config: ""},
-		{name: "wrong", config: entry("guess")},
-		{name: "the request's", credentials: &sdk.Credentials{Username: "belay", Password: "se$ret"}, ok: true},
-		{name: "configured", config: entry("se$ret"), ok: true},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			w := newWorld(t, c.config)
-			_, err := w.rt.Pull(w.ctx(), sdk.PullRequest{Image: image, Credentials: c.credentials}, func(sdk.PullProgress) {})
-			switch {
-			case c.ok && err != nil:
-				t.Error(err)
-			case !c.ok && (!errors.Is(err, sdk.Unauthorized) || !strings.Contains(err.Error(), locked.Address)):
-				t.Errorf("got %v, want unauthorized naming %s", err, locked.Address)
-			case err != nil && (strings.Contains(err.Error(), "guess") || strings.Contains(err.Error(), "se$ret")):
-				t.Errorf("the password is in %q", err)
-			}
-		})
-	}
-	t.Run("platform", func(t *testing.T) {
-		w := newWorld(t, "")
-		foreign := w.reg.Address + "/" + images.Foreign + ":1"
-		if _, err := w.rt.Pull(w.ctx(), sdk.PullRequest{Image: foreign}, func(sdk.PullProgress) {}); !errors.Is(err, sdk.NotFound) || !strings.Contains(err.Error(), "s390x") {
-			t.Errorf("an image without this platform: %v", err)
-		}
-		_, err = w.rt.Pull(w.ctx(), sdk.PullRequest{Image: foreign, Platform: sdk.Platform{OS: "linux", Architecture: "s390x"}}, func(sdk.PullProgress) {})
-		if err != nil {
-			t.Fatal(err)
-		}
-	})
 }
