@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -49,7 +50,7 @@ type pluginLine struct {
 	PID, Restarts                             int
 }
 
-func plugins(t *testing.T, s *site) map[string]pluginLine {
+func plugins(t testing.TB, s *site) map[string]pluginLine {
 	t.Helper()
 	out, err := exec.CommandContext(deadline(t, patience), s.agent.Bin.Path("belay-agent"), "plugins", "--run-dir", s.agent.RunDir, "-o", "json").Output()
 	if err != nil {
@@ -67,7 +68,7 @@ func plugins(t *testing.T, s *site) map[string]pluginLine {
 }
 
 // pluginSays waits until a plugin is as it should be.
-func pluginSays(t *testing.T, s *site, name, what string, ok func(pluginLine) bool) pluginLine {
+func pluginSays(t testing.TB, s *site, name, what string, ok func(pluginLine) bool) pluginLine {
 	t.Helper()
 	var p pluginLine
 	if err := rig.Until(deadline(t, patience), nil, what, func() error {
@@ -306,5 +307,45 @@ func TestDockerTakesContainersAlong(t *testing.T) {
 			release(t, s.dir, "next-"+file)
 			exits(t, s, next.ID, 7)
 		})
+	}
+}
+
+// BenchmarkDockerMemory prints what the docker plugin and the process that
+// copies output hold, with containers that write a line ten times a second.
+func BenchmarkDockerMemory(b *testing.B) {
+	if os.Getuid() != 0 {
+		b.Skip("docker needs root: run as root")
+	}
+	for b.Loop() {
+		s := newSite(b, "docker")
+		held := func(name string) (m mem) {
+			found, err := filepath.Glob("/proc/[0-9]*/cmdline")
+			if err != nil {
+				b.Fatal(err)
+			}
+			for _, f := range found {
+				line, err := os.ReadFile(f)
+				if err != nil || !strings.HasPrefix(string(line), name+"\x00") || !strings.Contains(string(line), host(b).dockerd(b).Address) {
+					continue
+				}
+				pid, err := strconv.Atoi(filepath.Base(filepath.Dir(f)))
+				if err != nil {
+					b.Fatal(err)
+				}
+				m = m.plus(memory(b, pid))
+			}
+			return m
+		}
+		plugin := func() mem { return memory(b, pluginSays(b, s, "docker", "the plugin to be up", sound).PID) }
+		fmt.Printf("\ncontainers, KiB   belay-docker-output: PSS  of it anonymous   plugin docker: PSS  of it anonymous\n")
+		ran := 0
+		for _, n := range []int{0, 1, 10, 20} {
+			for ; ran < n; ran++ {
+				s.run(b, fmt.Sprintf("c%d", ran), container{"name": "c", "script": counting(s.dir, fmt.Sprint(ran)), "stopTimeout": 2})
+			}
+			moment(15 * time.Second)
+			o, p := held("belay-docker-output"), plugin()
+			fmt.Printf("  %-10d %25d  %15d %21d  %15d\n", n, o.pss, o.anon, p.pss, p.anon)
+		}
 	}
 }
