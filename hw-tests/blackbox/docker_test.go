@@ -211,7 +211,9 @@ func dockerRestarts(t *testing.T, s *site, d *rig.Docker, file string, end func(
 // dockerHangs: a daemon that does not answer holds up nobody but who
 // needs it, and they go on when it does.
 func dockerHangs(t *testing.T, s *site, d *rig.Docker) {
-	before := s.run(t, "held", container{"name": "c", "script": counting(s.dir, "held")})
+	held := container{"name": "c", "script": counting(s.dir, "held"),
+		"healthCheck": map[string]any{"command": []any{"CMD-SHELL", "true"}, "interval": 5, "timeout": 2, "retries": 1}}
+	before := s.run(t, "held", held)
 	plugin := plugins(t, s)["docker"]
 	if err := d.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
@@ -239,7 +241,7 @@ func dockerHangs(t *testing.T, s *site, d *rig.Docker) {
 		t.Errorf("the plugin process: %+v", p)
 	}
 	moment(time.Until(until))
-	if now, err := s.cli.Describe(deadline(t, patience), before.ID); err != nil || !running(now) {
+	if now, err := s.cli.Describe(deadline(t, patience), before.ID); err != nil || !running(now) || now.HealthStatus == "UNHEALTHY" {
 		t.Errorf("what ran before: %+v, %v", now, err)
 	}
 	if err := d.Signal(syscall.SIGCONT); err != nil {
