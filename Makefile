@@ -66,7 +66,7 @@ test-systemd: ## the process plugin with a real systemd: the host's, or one boot
 DOCKERTABLE = TestFirstTask|TestTaskRunWait|TestDependencies|TestRestartPolicy|TestKillWhileRunning|TestKillWhileItExits|TestKillAtRandomInstants|TestDevices
 test-docker: build ## the black-box suite on a real Docker daemon, and all that a daemon can do to an agent (minutes)
 	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 20m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^($(DOCKERTABLE))$$/^docker$$'
-	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 15m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^(TestDocker.*|TestUpgradePlugins)$$'
+	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 15m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^(TestDocker.*|TestUpgradePlugins|TestDevicesByCDI)$$'
 
 test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, process, units)
 	@hw-tests/vm/run.sh $(VM)
