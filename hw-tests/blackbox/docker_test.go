@@ -125,7 +125,9 @@ func TestDocker(t *testing.T) {
 	})
 	t.Run("comes later", func(t *testing.T) { dockerComesLater(t, s, d) })
 	t.Run("crashes", func(t *testing.T) { dockerRestarts(t, s, d, "crashes", func() error { d.Kill(); return nil }) })
-	t.Run("is stopped", func(t *testing.T) { dockerRestarts(t, s, d, "stopped", d.Stop) })
+	if atLength() {
+		t.Run("is stopped", func(t *testing.T) { dockerRestarts(t, s, d, "stopped", d.Stop) })
+	}
 	t.Run("hangs", func(t *testing.T) { dockerHangs(t, s, d) })
 }
 
