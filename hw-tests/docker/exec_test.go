@@ -20,7 +20,7 @@ import (
 func TestExecWhileTheDaemonHangs(t *testing.T) {
 	w := newWorld(t, "")
 	dir := t.TempDir()
-	q := w.request(sdk.TaskSpec{}, images.Shell, "/bin/sh", "-c", "sleep 600")
+	q := w.request(sdk.TaskSpec{}, images.Shell, "/bin/sh", "-c", "echo > /test/up; exec sleep 600")
 	q.Spec.Mounts = []sdk.Mount{{Type: "bind", Source: dir, Target: "/test"}}
 	q.Spec.Init = true // reaps: what is dead must not be counted
 	if _, err := w.rt.Start(w.ctx(), q); err != nil {
@@ -37,6 +37,16 @@ func TestExecWhileTheDaemonHangs(t *testing.T) {
 		_, err := w.rt.Exec(w.ctx(), sdk.ExecRequest{Attempt: q.Attempt, Command: []string{"/bin/sh", "-c", command}, Timeout: time.Second})
 		return err
 	}
+	there := func(file string) {
+		t.Helper()
+		if err := rig.Until(w.ctx(), nil, file+" to be there", func() error {
+			_, err := os.Stat(filepath.Join(dir, file))
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	there("up") // and with it all the processes that it is to have
 	before, err := w.rt.Stats(w.ctx(), q.Attempt)
 	if err != nil {
 		t.Fatal(err)
@@ -67,12 +77,7 @@ func TestExecWhileTheDaemonHangs(t *testing.T) {
 
 	ended := make(chan error, 1)
 	go func() { ended <- exec("echo > /test/began; sleep 600; true") }()
-	if err := rig.Until(w.ctx(), nil, "the command to begin", func() error {
-		_, err := os.Stat(filepath.Join(dir, "began"))
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	there("began")
 	signal(syscall.SIGSTOP)
 	if err := <-ended; !errors.Is(err, sdk.Unavailable) {
 		t.Errorf("it hangs while the command runs: %v", err)
