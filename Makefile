@@ -17,7 +17,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-teeth test-vm test-arm lint bench fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-teeth test-docker test-vm test-arm lint bench fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -60,6 +60,13 @@ test-teeth: ## for each rule for runtimes, one that breaks it and no other (minu
 
 test-systemd: ## the process plugin with a real systemd: the host's, or one booted in a container
 	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestConformanceSystemd$$' -v ./plugins/process
+
+# Waits as long as the promises do: a daemon that hangs for half a minute, a
+# restart policy that counts runs of a minute.
+DOCKERTABLE = TestFirstTask|TestTaskRunWait|TestDependencies|TestRestartPolicy|TestKillWhileRunning|TestKillWhileItExits|TestKillAtRandomInstants|TestDevices
+test-docker: build ## the black-box suite on a real Docker daemon, and all that a daemon can do to an agent (minutes)
+	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 20m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^($(DOCKERTABLE))$$/^docker$$'
+	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 15m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^(TestDocker.*|TestUpgradePlugins|TestDevicesByCDI)$$'
 
 test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, process, units)
 	@hw-tests/vm/run.sh $(VM)

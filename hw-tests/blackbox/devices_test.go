@@ -59,10 +59,13 @@ func miscNodes(t *testing.T) map[string]uint32 {
 	return nil
 }
 
-func newTwins(t *testing.T, runtime string) *twins {
+func newTwins(t *testing.T, runtime string) *twins { return newTwinsBy(t, runtime, false) }
+
+// newTwinsBy gives the devices by a CDI specification, or as nodes.
+func newTwinsBy(t *testing.T, runtime string, cdi bool) *twins {
 	t.Helper()
 	w := &twins{devices: tempDir(t)}
-	if runtime == "containerd" {
+	if runtime != "process" {
 		w.nodes = miscNodes(t)
 	}
 	for _, id := range []string{"a", "b"} {
@@ -93,11 +96,12 @@ func newTwins(t *testing.T, runtime string) *twins {
 	s.cli = s.Control.CLI()
 	s.agent = newDevice(t, s.cli, s.dir, func(a *rig.Agent) {
 		a.Config = filepath.Join(s.dir, "agent.toml")
-		if runtime == "containerd" {
-			s.namespace = host(t).prepare(t, a, s.dir)
-		}
+		s.prepare(t, a)
 		text, _ := os.ReadFile(a.Config)
-		text = append(text, fmt.Sprintf("[plugins.twin]\ndir = %q\nnodes = %t\n", w.devices, w.nodes != nil)...)
+		if cdi { // the runtime's table is the last
+			text = append(text, fmt.Sprintf("cdi_spec_dirs = [%q]\n", w.devices)...)
+		}
+		text = append(text, fmt.Sprintf("[plugins.twin]\ndir = %q\nnodes = %t\ncdi = %t\n", w.devices, w.nodes != nil, cdi)...)
 		if err := os.WriteFile(a.Config, text, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -277,6 +281,38 @@ func TestDevices(t *testing.T) {
 		w.run(t, "third", w.wanting("third", ""))
 		if id := w.got(t, "third"); id != one {
 			t.Errorf("the third got %q, the first had %q", id, one)
+		}
+	})
+}
+
+// What a device plugin names by CDI, the runtime finds in a specification.
+func TestDevicesByCDI(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, runtime string) {
+		if runtime == "process" {
+			t.Skip("its programs see all of the machine's devices")
+		}
+		if !atLength() {
+			t.Skip("its parts are tested beside each runtime: run make test-docker for the whole")
+		}
+		w := newTwinsBy(t, runtime, true)
+		spec := `{"cdiVersion":"0.6.0","kind":"example.com/twin","devices":[`
+		for _, id := range []string{"a", "b"} {
+			spec += fmt.Sprintf(`{"name":%[1]q,"containerEdits":{"deviceNodes":[{"path":"/dev/twin-%[1]s","hostPath":"%[2]s/%[1]s.node","permissions":"rw"}]}},`, id, w.devices)
+		}
+		// It comes late: the start is tried until it is there.
+		id, err := w.cli.RunTask(deadline(t, patience), cluster, w.document(t, "named", w.wanting("named", "attribute:name == b")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.await(t, id, "the task to say what is missing", patience, func(now rig.Task) bool {
+			return !stopped(now) && strings.Contains(now.Note, "example.com/twin=b") && strings.Contains(now.Note, w.devices)
+		})
+		if err := os.WriteFile(filepath.Join(w.devices, "twin.json"), []byte(strings.TrimSuffix(spec, ",")+"]}"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		w.await(t, id, "the task to run", patience, running)
+		if got := w.got(t, "named"); got != "b" {
+			t.Errorf("it got %q", got)
 		}
 	})
 }

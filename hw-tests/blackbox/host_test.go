@@ -31,6 +31,7 @@ type machine struct {
 	containerd *rig.Containerd
 	registry   *rig.Registry
 	locked     *rig.Registry // asks for credentials nobody here is given
+	docker     *rig.Docker   // once somebody asked for it
 	sites      int
 }
 
@@ -86,8 +87,8 @@ func startHost() (h *machine, err error) {
 }
 
 func (h *machine) close() {
-	for _, c := range []io.Closer{h.containerd, h.registry, h.locked} {
-		if c == io.Closer((*rig.Containerd)(nil)) || c == io.Closer((*rig.Registry)(nil)) {
+	for _, c := range []io.Closer{h.docker, h.containerd, h.registry, h.locked} {
+		if c == io.Closer((*rig.Docker)(nil)) || c == io.Closer((*rig.Containerd)(nil)) || c == io.Closer((*rig.Registry)(nil)) {
 			continue
 		}
 		if err := c.Close(); err != nil {
@@ -95,6 +96,29 @@ func (h *machine) close() {
 		}
 	}
 	os.RemoveAll(h.dir)
+}
+
+// dockerd is the Docker daemon that sites share; containers outlive it.
+func (h *machine) dockerd(t testing.TB) *rig.Docker {
+	t.Helper()
+	if h.docker == nil {
+		d, err := rig.StartDocker(deadline(t, patience), filepath.Join(h.dir, "docker"), rig.DockerOptions{LiveRestore: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.docker = d
+	}
+	return h.docker
+}
+
+// dockerConfig points an agent at a Docker daemon.
+func dockerConfig(t testing.TB, a *rig.Agent, dir, address string) {
+	t.Helper()
+	a.Config = filepath.Join(dir, "agent.toml")
+	text := fmt.Sprintf("pull_give_up = \"12s\"\n[plugins.docker]\naddress = %q\ncgroup_parent = \"/belay-docker-test\"\n", address)
+	if err := os.WriteFile(a.Config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // image names a pushed image.

@@ -183,7 +183,7 @@ func exits(t *testing.T, s *site, id string, code int) {
 // and stop, 50 times, and looks whether the task still ends as it should, once.
 func TestKillAtRandomInstants(t *testing.T) {
 	// Every round on containerd pulls; processes have less to interrupt.
-	rounds := map[string]int{"containerd": 50, "process": 20}
+	rounds := map[string]int{"containerd": 50, "docker": 50, "process": 20}
 	eachRuntime(t, func(t *testing.T, runtime string) {
 		seed := uint64(time.Now().UnixNano())
 		if v := os.Getenv("BELAY_SEED"); v != "" {
@@ -213,7 +213,7 @@ func TestKillAtRandomInstants(t *testing.T) {
 			during := []string{"start", "stop"}[rnd.IntN(2)]
 			wait := time.Duration(rnd.Int64N(int64(600 * time.Millisecond)))
 			c := container{"name": "c", "script": waitScript(s.dir, name), "stopTimeout": 2}
-			if runtime == "containerd" {
+			if s.images() {
 				c["image"] = host(t).freshImage(t, i) // a pull every time
 			}
 			ctx := deadline(t, 2*patience)

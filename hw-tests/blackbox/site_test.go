@@ -45,6 +45,9 @@ type site struct {
 	namespace string
 }
 
+// images says that containers of this site come from images.
+func (s *site) images() bool { return s.runtime != "process" }
+
 const cluster = "shop"
 
 // patience is how long anything that should happen may take on a busy machine.
@@ -106,13 +109,26 @@ func newControl(t testing.TB, extra ...string) *rig.Control {
 // newSite starts a control plane and one device whose plugins are up.
 func newSite(t testing.TB, runtime string) *site {
 	t.Helper()
+	return newSiteOf(t, runtime, func(s *site, a *rig.Agent) { s.prepare(t, a) })
+}
+
+// prepare points an agent at what the machine shares.
+func (s *site) prepare(t testing.TB, a *rig.Agent) {
+	t.Helper()
+	switch s.runtime {
+	case "containerd":
+		s.namespace = host(t).prepare(t, a, s.dir)
+	case "docker":
+		dockerConfig(t, a, s.dir, host(t).dockerd(t).Address)
+	}
+}
+
+// newSiteOf is newSite with an agent that set has prepared.
+func newSiteOf(t testing.TB, runtime string, set func(*site, *rig.Agent)) *site {
+	t.Helper()
 	s := &site{Control: newControl(t), runtime: runtime, dir: tempDir(t)}
 	s.cli = s.Control.CLI()
-	s.agent = newDevice(t, s.cli, s.dir, func(a *rig.Agent) {
-		if runtime == "containerd" {
-			s.namespace = host(t).prepare(t, a, s.dir)
-		}
-	})
+	s.agent = newDevice(t, s.cli, s.dir, func(a *rig.Agent) { set(s, a) })
 	ids, err := s.cli.Connected(deadline(t, patience), cluster, 1, runtime)
 	if err != nil {
 		t.Fatal(err)
@@ -206,7 +222,7 @@ func (s *site) document(t testing.TB, family string, containers ...container) st
 			delete(d, "script")
 			d["command"] = []any{"/bin/sh", "-c", script}
 		}
-		if s.runtime == "containerd" {
+		if s.images() {
 			if d["image"] == nil {
 				d["image"] = host(t).image("shell")
 			}
@@ -218,9 +234,10 @@ func (s *site) document(t testing.TB, family string, containers ...container) st
 		defs = append(defs, d)
 	}
 	doc["containerDefinitions"] = defs
-	if s.runtime == "containerd" {
+	if s.images() {
 		doc["volumes"] = []any{map[string]any{"name": "test", "host": map[string]any{"sourcePath": s.dir}}}
-	} else {
+	}
+	if s.runtime != "containerd" {
 		doc["belay"] = map[string]any{"runtime": s.runtime}
 	}
 	b, err := json.Marshal(doc)
@@ -256,10 +273,13 @@ func (s *site) await(t testing.TB, id, what string, within time.Duration, ok fun
 
 // eachRuntime runs a test on every runtime this user can use here.
 func eachRuntime(t *testing.T, f func(t *testing.T, runtime string)) {
-	for _, r := range []string{"process", "containerd"} {
+	for _, r := range []string{"process", "containerd", "docker"} {
 		t.Run(r, func(t *testing.T) {
-			if r == "containerd" && os.Getuid() != 0 {
-				t.Skip("containerd needs root: run as root to test it")
+			if r != "process" && os.Getuid() != 0 {
+				t.Skipf("%s needs root: run as root to test it", r)
+			}
+			if r == "docker" && os.Getenv("BELAY_TEST_DOCKER") == "" {
+				t.Skip("takes minutes more: run make test-docker")
 			}
 			f(t, r)
 		})

@@ -64,7 +64,13 @@ func daemons(t *testing.T) (*rig.Docker, *rig.Registry) {
 		if shared.dir, shared.err = os.MkdirTemp("", "belay-dk"); shared.err != nil {
 			return
 		}
-		if shared.docker, shared.err = rig.StartDocker(ctx, filepath.Join(shared.dir, "d"), rig.DockerOptions{LiveRestore: true}); shared.err != nil {
+		// A vendor's runtime, as far as Docker is concerned: runc by another name.
+		vendors := filepath.Join(shared.dir, "vendors-runtime")
+		if shared.err = os.WriteFile(vendors, []byte("#!/bin/sh\nexec runc \"$@\"\n"), 0o755); shared.err != nil {
+			return
+		}
+		o := rig.DockerOptions{LiveRestore: true, Runtimes: map[string]string{"nvidia": vendors}}
+		if shared.docker, shared.err = rig.StartDocker(ctx, filepath.Join(shared.dir, "d"), o); shared.err != nil {
 			return
 		}
 		if shared.registry, shared.err = rig.StartRegistry(ctx, filepath.Join(shared.dir, "reg"), rig.RegistryOptions{}); shared.err != nil {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -21,7 +22,7 @@ type Docker struct {
 	dir    string
 	sock   string // directory of the socket
 	bridge string
-	live   bool
+	opts   DockerOptions
 
 	mu sync.Mutex
 	p  *Process
@@ -29,7 +30,8 @@ type Docker struct {
 
 // DockerOptions choose how a daemon behaves.
 type DockerOptions struct {
-	LiveRestore bool // containers outlive the daemon
+	LiveRestore bool              // containers outlive the daemon
+	Runtimes    map[string]string // further OCI runtimes: a program by name
 }
 
 // StartDocker starts a Docker daemon under dir, which is made when missing. It
@@ -53,7 +55,7 @@ func StartDocker(ctx context.Context, dir string, o DockerOptions) (*Docker, err
 	if err != nil {
 		return nil, err
 	}
-	d := &Docker{Address: filepath.Join(sock, "d.sock"), dir: dir, sock: sock, live: o.LiveRestore}
+	d := &Docker{Address: filepath.Join(sock, "d.sock"), dir: dir, sock: sock, opts: o}
 	if err := errors.Join(d.makeBridge(), os.WriteFile(filepath.Join(dir, "daemon.json"), []byte("{}\n"), 0o600)); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -88,15 +90,22 @@ func (d *Docker) Restart(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	// One that was killed leaves it, and the number may be somebody's by now.
-	if err := os.RemoveAll(filepath.Join(d.dir, "pid")); err != nil {
-		return err
+	// The daemon takes its containerd of before for alive while the dead one
+	// is a zombie, which it stays in a container whose first process reaps none.
+	for _, f := range []string{filepath.Join(d.dir, "pid"), filepath.Join(d.sock, "x", "containerd", "containerd.pid")} {
+		if err := os.RemoveAll(f); err != nil {
+			return err
+		}
 	}
 	args := []string{"--data-root", filepath.Join(d.dir, "root"), "--exec-root", filepath.Join(d.sock, "x"),
 		"--pidfile", filepath.Join(d.dir, "pid"), "--config-file", filepath.Join(d.dir, "daemon.json"),
 		"--host", "unix://" + d.Address, "--bridge", d.bridge, "--insecure-registry", "127.0.0.0/8",
 		"--iptables=false", "--ip-masq=false", "--ip-forward=false"}
-	if d.live {
+	if d.opts.LiveRestore {
 		args = append(args, "--live-restore")
+	}
+	for name, path := range d.opts.Runtimes {
+		args = append(args, "--add-runtime", name+"="+path)
 	}
 	p, err := start(d.dir, "dockerd", nil, "dockerd", args...)
 	if err != nil {
@@ -129,6 +138,13 @@ func (d *Docker) Stop() error {
 	defer d.mu.Unlock()
 	_, err := d.p.Stop(30 * time.Second)
 	return err
+}
+
+// Signal sends a signal to the daemon alone.
+func (d *Docker) Signal(s syscall.Signal) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.p.Signal(s)
 }
 
 // Log is the path of the daemon's log.

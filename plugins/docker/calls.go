@@ -18,6 +18,7 @@ type daemonInfo struct {
 	CgroupDriver   string
 	CgroupVersion  string
 	InitBinary     string
+	CDISpecDirs    []string // of a daemon that knows CDI and is told to use it
 	MemoryLimit    bool
 	SwapLimit      bool
 	CPUShares      bool

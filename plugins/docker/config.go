@@ -27,6 +27,9 @@ type Config struct {
 	// CgroupParent is where the cgroups of tasks with limits are made, with
 	// the daemon's cgroup driver cgroupfs.
 	CgroupParent string `json:"cgroup_parent"`
+	// CDISpecDirs are searched for specifications of CDI devices; the last one
+	// that has a device counts.
+	CDISpecDirs []string `json:"cdi_spec_dirs"`
 	// Registries has credentials by host or host:port as in image references;
 	// Docker Hub is "docker.io".
 	Registries map[string]Registry `json:"registries"`
@@ -45,7 +48,7 @@ func (Registry) String() string { return "[registry, credentials hidden]" }
 func (r Registry) GoString() string { return r.String() }
 
 func defaultConfig() Config {
-	return Config{Address: "/run/docker.sock", Network: "bridge", CgroupParent: "/belay-docker"}
+	return Config{Address: "/run/docker.sock", Network: "bridge", CgroupParent: "/belay-docker", CDISpecDirs: []string{"/etc/cdi", "/var/run/cdi"}}
 }
 
 // parseConfig reads the table over the defaults. Unknown keys are errors.
@@ -92,6 +95,11 @@ func (c *Config) validate() error {
 	}
 	if !cgroupPath.MatchString(c.CgroupParent) || filepath.Clean(c.CgroupParent) != c.CgroupParent {
 		bad("cgroup_parent", "%q is not a clean absolute path below the root cgroup", c.CgroupParent)
+	}
+	for i, dir := range c.CDISpecDirs {
+		if !filepath.IsAbs(dir) {
+			bad(fmt.Sprintf("cdi_spec_dirs[%d]", i), "%q is not absolute", dir)
+		}
 	}
 	for host, r := range c.Registries {
 		if host == "" || strings.ContainsAny(host, "/@ ") {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -25,7 +26,8 @@ type copier struct {
 	runDir, socket string
 	log            *slog.Logger
 
-	mu sync.Mutex
+	mu       sync.Mutex
+	children []int // started and not reaped
 }
 
 func (c *copier) outputs() string           { return filepath.Join(c.runDir, "outputs") }
@@ -85,13 +87,14 @@ func (c *copier) spawn() error {
 	defer null.Close()
 	// Our own program, even where an upgrade has replaced the file. Nobody
 	// waits for this child in a thread: it is reaped on SIGCHLD, see watch.
-	_, err = syscall.ForkExec("/proc/self/exe", []string{CopierName, c.runDir, c.socket}, &syscall.ProcAttr{
+	pid, err := syscall.ForkExec("/proc/self/exe", []string{CopierName, c.runDir, c.socket}, &syscall.ProcAttr{
 		Dir: "/", Env: []string{"GOMAXPROCS=1"}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd()},
 		Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
 		return fmt.Errorf("start the process that copies output: %w", err)
 	}
+	c.children = append(c.children, pid)
 	return nil
 }
 
@@ -106,11 +109,7 @@ func (c *copier) watch() {
 		for {
 			select {
 			case <-children:
-				for {
-					if pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil); err != nil || pid <= 0 {
-						break
-					}
-				}
+				c.reap()
 			case <-tick.C:
 			}
 			if unfinished(c.outputs()) {
@@ -120,6 +119,16 @@ func (c *copier) watch() {
 			}
 		}
 	}()
+}
+
+// reap takes the ends of copiers, and of nobody else's children.
+func (c *copier) reap() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.children = slices.DeleteFunc(c.children, func(pid int) bool {
+		got, err := syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		return got == pid || errors.Is(err, syscall.ECHILD)
+	})
 }
 
 // complete waits until all output of an exited attempt is copied, and copies

@@ -57,6 +57,10 @@ func (r *Runtime) classify(err error) (kind sdk.ErrorKind, hint string) {
 		return sdk.Conflict, "use another host port, or 0 to have one chosen"
 	case has("cannot assign requested address"):
 		return sdk.Invalid, "this host has no such address: leave hostIP out, or give one of the device's own"
+	case has("invalid tmpfs option"):
+		return sdk.Invalid, "check the mountOptions of tmpfs"
+	case has("unable to apply caps"):
+		return sdk.Unsupported, "this device does not have every capability of its kernel to give: leave privileged out, or add the capabilities that are needed"
 	case has("docker-init") && has("not found", "no such file"):
 		return sdk.Unsupported, "initProcessEnabled needs docker-init on this device: install tini, or leave it out"
 	case has("unknown or invalid runtime name", "Unknown runtime"):

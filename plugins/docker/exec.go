@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net/http"
 	"os"
@@ -22,6 +23,11 @@ const (
 	// How long output may trail behind an exit: a child that keeps the pipe
 	// open would hold the answer back for ever.
 	trailing = time.Second
+	// A daemon that hangs says nothing about a command: its answers are
+	// awaited for so long before and after one, which is less than the agent
+	// adds to the command's own time.
+	reachTime = 4 * time.Second
+	askTime   = 3 * time.Second
 )
 
 // Exec implements sdk.Runtime.
@@ -30,49 +36,67 @@ func (r *Runtime) Exec(ctx context.Context, q sdk.ExecRequest) (sdk.ExecResult, 
 	if len(q.Command) == 0 || q.Command[0] == "" {
 		return sdk.ExecResult{}, sdk.Errorf(sdk.Invalid, op, "no command was given")
 	}
-	h, err := r.must(ctx, op, q.Attempt)
+	id, err := r.makeExec(ctx, op, q)
 	if err != nil {
-		return sdk.ExecResult{}, err
-	}
-	if h.container.State != sdk.StateRunning {
-		return sdk.ExecResult{}, sdk.Errorf(sdk.NotFound, op, "it is not running")
+		return sdk.ExecResult{}, r.fail(op, err)
 	}
 	if q.Timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, q.Timeout, errTooLong)
 		defer cancel()
 	}
-	res, err := r.exec(ctx, h.name, q)
-	if err != nil {
-		if context.Cause(ctx) == errTooLong {
-			return res, sdk.Errorf(sdk.Deadline, op, "it took longer than %s and was killed", q.Timeout)
-		}
-		return res, r.fail(op, err)
+	res, err := r.exec(ctx, id, q)
+	switch {
+	case err == nil:
+	case errors.Is(err, errSilent):
+		return res, r.fail(op, r.silent())
+	case context.Cause(ctx) == errTooLong:
+		return res, sdk.Errorf(sdk.Deadline, op, "it took longer than %s and was killed", q.Timeout)
 	}
-	return res, nil
+	return res, r.fail(op, err)
+}
+
+// makeExec prepares the command, which does not run yet.
+func (r *Runtime) makeExec(ctx context.Context, op string, q sdk.ExecRequest) (id string, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, reachTime, errSilent)
+	defer cancel()
+	h, err := r.must(ctx, op, q.Attempt)
+	if err == nil && h.container.State != sdk.StateRunning {
+		return "", sdk.Errorf(sdk.NotFound, op, "it is not running")
+	}
+	if err == nil {
+		id, err = r.engine.execCreate(ctx, h.name, q.Command, q.Env)
+	}
+	switch {
+	case isStatus(err, http.StatusConflict):
+		return "", sdk.Errorf(sdk.NotFound, "", "it is not running")
+	case err != nil && context.Cause(ctx) == errSilent:
+		return "", r.silent()
+	}
+	return id, err
+}
+
+// errSilent is a daemon that does not answer while it should know.
+var errSilent = errors.New("the Docker daemon does not answer in time")
+
+func (r *Runtime) silent() error {
+	return sdk.Errorf(sdk.Unavailable, "", "%w", errSilent).WithHint(r.daemonHint(errSilent))
 }
 
 var errTooLong = sdk.Errorf(sdk.Deadline, "", "the command's own time is over")
 
-func (r *Runtime) exec(ctx context.Context, name string, q sdk.ExecRequest) (sdk.ExecResult, error) {
+func (r *Runtime) exec(ctx context.Context, id string, q sdk.ExecRequest) (sdk.ExecResult, error) {
 	limit := q.MaxOutput
 	if limit <= 0 {
 		limit = defaultOutput
 	}
 	out := &tailBuffer{limit: min(limit, mostOutput)}
-	id, err := r.engine.execCreate(ctx, name, q.Command, q.Env)
-	if isStatus(err, http.StatusConflict) {
-		return sdk.ExecResult{}, sdk.Errorf(sdk.NotFound, "", "it is not running")
-	} else if err != nil {
-		return sdk.ExecResult{}, err
-	}
 	body, err := r.engine.execStart(ctx, id)
 	if err != nil {
 		if code, ok := notRunnable(err.Error()); ok {
 			return sdk.ExecResult{ExitCode: code, Output: sayNotRunnable(q.Command[0], code)}, nil
 		}
-		r.killExec(ctx, id)
-		return sdk.ExecResult{}, err
+		return sdk.ExecResult{}, r.killExec(ctx, id, err)
 	}
 	drained := make(chan struct{})
 	go func() {
@@ -82,8 +106,7 @@ func (r *Runtime) exec(ctx context.Context, name string, q sdk.ExecRequest) (sdk
 	defer body.Close()
 	x, err := r.awaitExec(ctx, id, drained)
 	if err != nil {
-		r.killExec(ctx, id)
-		return sdk.ExecResult{Output: out.bytes()}, err
+		return sdk.ExecResult{Output: out.bytes()}, r.killExec(ctx, id, err)
 	}
 	res := sdk.ExecResult{ExitCode: *x.ExitCode, Output: out.bytes()}
 	if code, ok := notRunnable(string(res.Output)); ok && strings.HasPrefix(string(res.Output), "OCI runtime exec failed") {
@@ -134,21 +157,49 @@ func (r *Runtime) awaitExec(ctx context.Context, id string, drained <-chan struc
 	}
 }
 
-// killExec ends a command and what it started: the API has no call for that.
-func (r *Runtime) killExec(ctx context.Context, id string) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+// killExec ends a command that failed with this error, and what it started:
+// the API has no call for that. Where the daemon does not answer, so that
+// nobody knows how far the command has come, it is done in the background, and
+// the error is errSilent.
+func (r *Runtime) killExec(ctx context.Context, id string, failed error) error {
+	ctx = context.WithoutCancel(ctx)
+	quick, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
-	for {
-		x, err := r.engine.execInspect(ctx, id)
-		if err != nil || !x.Running {
-			return
+	err := r.killed(quick, id)
+	if err == nil {
+		return failed
+	}
+	go func() {
+		patient, cancel := context.WithTimeout(ctx, 2*time.Minute)
+		defer cancel()
+		if err := r.killed(patient, id); err != nil {
+			r.log.Warn("a command that took too long is left in its container", "exec", id, "err", err)
 		}
-		if x.Pid > 1 {
+	}()
+	if errors.Is(err, errSilent) {
+		return err
+	}
+	return failed
+}
+
+// killed kills until the daemon says that the command has ended, or knows it
+// no more. The error says why that was not to be had in the context's time.
+func (r *Runtime) killed(ctx context.Context, id string) error {
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		x, err := r.engine.execInspect(ctx, id)
+		var answer *apiError
+		switch {
+		case err == nil && !x.Running, errors.As(err, &answer):
+			return nil
+		case err == nil && x.Pid > 1:
 			killTree(x.Pid)
 		}
-		if pause(ctx, 20*time.Millisecond) != nil {
-			r.log.Warn("a command that took too long is left in its container", "exec", id)
-			return
+		switch stop := pause(ctx, wait); {
+		case stop == nil:
+		case err != nil:
+			return errSilent
+		default:
+			return errors.New("it does not end")
 		}
 	}
 }

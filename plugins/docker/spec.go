@@ -53,17 +53,18 @@ type hostConfig struct {
 	Privileged        bool                     `json:",omitempty"`
 	ReadonlyRootfs    bool                     `json:",omitempty"`
 	Init              bool
-	ShmSize           uint64 `json:",omitempty"`
-	CgroupParent      string `json:",omitempty"`
-	Runtime           string `json:",omitempty"`
-	CPUShares         uint64 `json:"CpuShares,omitempty"`
-	CPUQuota          uint64 `json:"CpuQuota,omitempty"`
-	CPUPeriod         uint64 `json:"CpuPeriod,omitempty"`
-	Memory            uint64 `json:",omitempty"`
-	MemoryReservation uint64 `json:",omitempty"`
-	MemorySwap        int64  `json:",omitempty"`
-	MemorySwappiness  *int64 `json:",omitempty"`
-	PidsLimit         int64  `json:",omitempty"`
+	ShmSize           uint64          `json:",omitempty"`
+	CgroupParent      string          `json:",omitempty"`
+	Runtime           string          `json:",omitempty"`
+	DeviceRequests    []deviceRequest `json:",omitempty"`
+	CPUShares         uint64          `json:"CpuShares,omitempty"`
+	CPUQuota          uint64          `json:"CpuQuota,omitempty"`
+	CPUPeriod         uint64          `json:"CpuPeriod,omitempty"`
+	Memory            uint64          `json:",omitempty"`
+	MemoryReservation uint64          `json:",omitempty"`
+	MemorySwap        int64           `json:",omitempty"`
+	MemorySwappiness  *int64          `json:",omitempty"`
+	PidsLimit         int64           `json:",omitempty"`
 	RestartPolicy     map[string]string
 	LogConfig         logConfig
 }
@@ -73,6 +74,12 @@ type portBinding struct{ HostIP, HostPort string }
 type mount struct {
 	Type, Source, Target string
 	ReadOnly             bool
+	BindOptions          bindOptions
+}
+
+type bindOptions struct {
+	Propagation  string `json:",omitempty"`
+	NonRecursive bool   `json:",omitempty"`
 }
 
 type device struct{ PathOnHost, PathInContainer, CgroupPermissions string }
@@ -95,7 +102,7 @@ var logging = logConfig{Type: "local", Config: map[string]string{"max-size": "10
 
 // request turns an attempt into the daemon's words. Everything that can be
 // checked before anything is made has been.
-func (r *Runtime) request(q sdk.StartRequest, t sdk.TaskSpec, d *daemonInfo, network string, stdout, stderr target) *createRequest {
+func (r *Runtime) request(q sdk.StartRequest, t sdk.TaskSpec, d *daemonInfo, by handed, network string, stdout, stderr target) *createRequest {
 	s := q.Spec
 	c := &createRequest{
 		Image: pinned(s.Image, s.Digest), Entrypoint: s.EntryPoint, Cmd: s.Command, Env: s.Env,
@@ -106,7 +113,7 @@ func (r *Runtime) request(q sdk.StartRequest, t sdk.TaskSpec, d *daemonInfo, net
 			NetworkMode: network, PidMode: t.PIDMode, IpcMode: t.IPCMode,
 			CapAdd: s.CapabilitiesAdd, CapDrop: s.CapabilitiesDrop, Privileged: s.Privileged, ReadonlyRootfs: s.ReadOnlyRoot,
 			DNS: s.DNSServers, DNSSearch: s.DNSSearch, Sysctls: s.Sysctls, Init: s.Init, ShmSize: s.ShmBytes,
-			Runtime: r.cfg.Runtime, CgroupParent: r.parentOf(d, t),
+			Runtime: cmp.Or(by.runtime, r.cfg.Runtime), DeviceRequests: by.requests, CgroupParent: r.parentOf(d, t),
 			RestartPolicy: map[string]string{"Name": "no"}, LogConfig: logging,
 		},
 	}
@@ -130,7 +137,8 @@ func (r *Runtime) request(q sdk.StartRequest, t sdk.TaskSpec, d *daemonInfo, net
 			h.Tmpfs[m.Target] = strings.Join(options, ",")
 			continue
 		}
-		h.Mounts = append(h.Mounts, mount{Type: "bind", Source: m.Source, Target: m.Target, ReadOnly: m.ReadOnly})
+		ro, options, _ := bindMount(m) // checked
+		h.Mounts = append(h.Mounts, mount{Type: "bind", Source: m.Source, Target: m.Target, ReadOnly: ro, BindOptions: options})
 	}
 	for _, p := range s.Ports {
 		if c.ExposedPorts == nil {
@@ -206,7 +214,7 @@ func securityOption(o string) string {
 }
 
 // check refuses what can never work, in better words than come later.
-func check(q sdk.StartRequest, d *daemonInfo, network string) error {
+func check(q sdk.StartRequest, t sdk.TaskSpec, d *daemonInfo, network string) error {
 	s := q.Spec
 	for _, f := range []func() error{
 		func() error { return checkPorts(network, s.Ports) },
@@ -219,9 +227,8 @@ func check(q sdk.StartRequest, d *daemonInfo, network string) error {
 			return err
 		}
 	}
-	if len(s.CDIDevices) > 0 || len(s.Hooks) > 0 {
-		return sdk.Errorf(sdk.Unsupported, "", "the device is given by CDI (%s) or hooks, which this plugin cannot hand to Docker yet", strings.Join(s.CDIDevices, ", ")).
-			WithHint("use the runtime containerd")
+	if s.ShmBytes > 0 && (t.IPCMode == "host" || t.IPCMode == "none") {
+		return sdk.Errorf(sdk.Unsupported, "", "sharedMemorySize has no effect with ipcMode %s: the container gets no /dev/shm of its own", t.IPCMode).WithHint("leave one of the two out")
 	}
 	if s.Init && d.InitBinary == "" {
 		return sdk.Errorf(sdk.Unsupported, "", "initProcessEnabled needs docker-init, which this daemon does not have").WithHint("install tini")
@@ -266,6 +273,8 @@ func checkLimits(l sdk.Limits, d *daemonInfo) error {
 		return lacks("the number of processes", "enable CONFIG_CGROUP_PIDS in the kernel")
 	case l.CPUQuota > 0 && l.CPUQuota < 1000:
 		return sdk.Errorf(sdk.Invalid, "", "a CPU quota of %d µs is below the kernel's minimum of 1000 µs in 100 ms", l.CPUQuota)
+	case l.MemorySwap != nil && *l.MemorySwap >= 0 && l.MemoryBytes == 0:
+		return sdk.Errorf(sdk.Invalid, "", "swap is limited together with memory, which has no limit").WithHint("give the container memory, or leave maxSwap out")
 	case l.Swappiness != nil && d.cgroupVersion() != "1":
 		return sdk.Errorf(sdk.Unsupported, "", "swappiness cannot be set: cgroup v2 has no such setting").WithHint("leave it out, or limit swap")
 	case l.MemorySwap != nil && !d.SwapLimit && hostSwap():
@@ -291,6 +300,9 @@ func checkMounts(mounts []sdk.Mount) error {
 			if !filepath.IsAbs(m.Source) {
 				return sdk.Errorf(sdk.Invalid, "", "mount source %q is not an absolute path", m.Source)
 			}
+			if _, _, err := bindMount(m); err != nil {
+				return err
+			}
 			if _, err := os.Stat(m.Source); err != nil {
 				return sdk.Errorf(sdk.Invalid, "", "mount %s: %w", m.Target, err).WithHint("make the directory on the device first")
 			}
@@ -299,6 +311,27 @@ func checkMounts(mounts []sdk.Mount) error {
 		}
 	}
 	return nil
+}
+
+// bindMount puts the options of a bind mount into the daemon's words. It has
+// none for nosuid, nodev and noexec, which only take something away: those are
+// not kept.
+func bindMount(m sdk.Mount) (readOnly bool, b bindOptions, err error) {
+	readOnly = m.ReadOnly
+	for _, o := range m.Options {
+		switch o {
+		case "ro":
+			readOnly = true
+		case "rw", "nosuid", "nodev", "noexec", "relatime":
+		case "bind", "rbind":
+			b.NonRecursive = o == "bind"
+		case "private", "rprivate", "shared", "rshared", "slave", "rslave":
+			b.Propagation = o
+		default:
+			return false, b, sdk.Errorf(sdk.Unsupported, "", "mount %s: Docker knows no option %q for it", m.Target, o)
+		}
+	}
+	return readOnly, b, nil
 }
 
 var (
@@ -342,7 +375,11 @@ func checkSecurity(options []string) error {
 	for _, o := range options {
 		switch key, value, _ := strings.Cut(securityOption(o), "="); {
 		case key == "no-new-privileges" && (value == "" || value == "true" || value == "false"):
-		case key == "seccomp" && value == "unconfined", key == "label" && value != "":
+		case key == "seccomp" && value == "unconfined", key == "label" && value == "disable":
+		case key == "label" && value != "":
+			if _, err := os.Stat("/sys/fs/selinux/enforce"); err != nil {
+				return sdk.Errorf(sdk.Unsupported, "", "security option %q: SELinux is not enabled on this device", o)
+			}
 		case key == "apparmor" && value != "":
 			if _, err := os.Stat("/sys/kernel/security/apparmor"); err != nil && value != "unconfined" {
 				return sdk.Errorf(sdk.Unsupported, "", "apparmor profile %q: AppArmor is not enabled on this device", value)

@@ -89,7 +89,11 @@ func (r *Runtime) create(ctx context.Context, name string, q sdk.StartRequest) e
 	if err != nil {
 		return err
 	}
-	if err := check(q, d, network); err != nil {
+	var by handed
+	if q.Spec, by, err = r.resolve(q.Spec, d); err != nil {
+		return err
+	}
+	if err := check(q, t, d, network); err != nil {
 		return err
 	}
 	var to [2]target
@@ -109,7 +113,7 @@ func (r *Runtime) create(ctx context.Context, name string, q sdk.StartRequest) e
 	if err := r.copier.plan(job{Name: name, Stdout: to[0], Stderr: to[1]}); err != nil {
 		return err
 	}
-	err = r.engine.create(ctx, name, r.request(q, t, d, network, to[0], to[1]))
+	err = r.engine.create(ctx, name, r.request(q, t, d, by, network, to[0], to[1]))
 	if isStatus(err, http.StatusNotFound) {
 		return sdk.Errorf(sdk.NotFound, "", "image %s is not on this device: %w", pinned(q.Spec.Image, q.Spec.Digest), err).WithHint("pull it first")
 	}

@@ -56,6 +56,16 @@ func pretend(name string) {
 		}
 	case strings.HasPrefix(name, "slow"):
 		p.Memory.FailWith(func(string) error { time.Sleep(300 * time.Millisecond); return nil })
+	case name == "daemonless":
+		p.OnConfigure = func(c sdk.Config) error {
+			p.Memory.FailWith(func(string) error {
+				if _, err := os.Stat(filepath.Join(c.StateDir, "daemon")); err != nil {
+					return sdk.Errorf(sdk.Unavailable, "ask the daemon", "nobody listens")
+				}
+				return nil
+			})
+			return nil
+		}
 	case name == "picky":
 		p.OnConfigure = func(c sdk.Config) error {
 			if strings.Contains(string(c.JSON), "bad") {
@@ -261,6 +271,34 @@ func TestGoodPluginIsReady(t *testing.T) {
 	}
 	if _, err := r.List(t.Context()); !errors.Is(err, sdk.Unavailable) {
 		t.Errorf("after Run: %v", err)
+	}
+}
+
+// A runtime whose daemon is away is up all the same, and its status says what
+// is missing: from the beginning, and each time the agent has noticed.
+func TestAwayDaemonIsShown(t *testing.T) {
+	f := newFixture(t, Timing{Ping: 20 * time.Millisecond}, nil, "daemonless")
+	f.start(t)
+	away := func(s Status) bool { return s.State == Ready && strings.Contains(s.Error, "nobody listens") }
+	sound := func(s Status) bool { return s.State == Ready && s.Error == "" && s.RuntimeVersion != "" }
+	f.wait(t, "daemonless", away)
+	daemon := filepath.Join(f.state, "daemonless", "daemon")
+	if err := os.WriteFile(daemon, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f.wait(t, "daemonless", sound)
+	if err := os.Remove(daemon); err != nil {
+		t.Fatal(err)
+	}
+	r, err := f.Runtime("daemonless")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Info(t.Context()); !errors.Is(err, sdk.Unavailable) {
+		t.Errorf("Info: %v", err)
+	}
+	if s := f.wait(t, "daemonless", away); s.Restarts != 0 || s.RuntimeVersion == "" {
+		t.Errorf("%+v", s)
 	}
 }
 

@@ -42,8 +42,9 @@ type plugin struct {
 	killed      uint64 // for memory, when the process was launched
 }
 
-// notes are what is wrong with files that are not in use.
-type notes struct{ executable, configuration string }
+// notes are what is wrong with files that are not in use, and with what a
+// runtime works with.
+type notes struct{ executable, configuration, daemon string }
 
 func newPlugin(h *Host, name, path string) *plugin {
 	return &plugin{host: h, name: name, path: path, wake: make(chan struct{}, 1), settle: func() {},
@@ -239,14 +240,23 @@ func (p *plugin) askRuntime(ctx context.Context, r sdk.Runtime, timeout time.Dur
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	info, err := r.Info(ctx)
-	if err != nil {
+	p.told(info, err)
+	return err == nil
+}
+
+// told takes in what a runtime says it can do, or why it cannot say. The agent
+// asks often, so what is shown is not old.
+func (p *plugin) told(info sdk.RuntimeInfo, err error) {
+	switch kind := sdk.KindOf(err); {
+	case err == nil:
+		p.note(func(n *notes) { n.daemon = "" })
+		p.update(func(s *Status) {
+			s.RuntimeVersion, s.Images, s.Networks, s.Attributes = info.Version, info.Images, info.Networks, info.Attributes
+		})
+	case kind != sdk.Canceled:
 		p.host.log.Debug("runtime does not say what it can do", "plugin", p.name, "err", err)
-		return false
+		p.note(func(n *notes) { n.daemon = err.Error() })
 	}
-	p.update(func(s *Status) {
-		s.RuntimeVersion, s.Images, s.Networks, s.Attributes = info.Version, info.Images, info.Networks, info.Attributes
-	})
-	return true
 }
 
 // watch returns when the process is dead, hangs or is to be replaced, or ctx
@@ -335,7 +345,7 @@ func (p *plugin) status() Status {
 		return s
 	}
 	var wrong []string
-	for _, w := range []string{s.Error, p.found.err, p.notes.executable, p.notes.configuration} {
+	for _, w := range []string{s.Error, p.found.err, p.notes.executable, p.notes.configuration, p.notes.daemon} {
 		if w != "" {
 			wrong = append(wrong, w)
 		}

@@ -41,7 +41,9 @@ func (r runtime) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
 		return sdk.RuntimeInfo{}, err
 	}
 	defer done()
-	return rt.Info(ctx)
+	info, err := rt.Info(ctx)
+	r.p.told(info, err)
+	return info, err
 }
 
 // PrepareTask implements sdk.Runtime.

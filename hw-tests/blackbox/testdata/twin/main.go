@@ -18,6 +18,8 @@ type config struct {
 	Dir string `json:"dir" default:""`
 	// Nodes gives the containers DIR/NAME.node as /dev/twin-NAME.
 	Nodes bool `json:"nodes" default:"false"`
+	// CDI names the devices to whoever has a specification, instead.
+	CDI bool `json:"cdi" default:"false"`
 }
 
 type twin struct{ config config }
@@ -68,7 +70,10 @@ func (t *twin) Edits(_ context.Context, ids []string) (sdk.Edits, error) {
 		if _, err := os.Stat(filepath.Join(t.config.Dir, id+".device")); err != nil {
 			return sdk.Edits{}, sdk.Errorf(sdk.NotFound, "edits", "there is no %s", id)
 		}
-		if t.config.Nodes {
+		switch {
+		case t.config.CDI:
+			e.CDIDevices = append(e.CDIDevices, "example.com/twin="+id)
+		case t.config.Nodes:
 			e.Devices = append(e.Devices, sdk.HostDevice{HostPath: filepath.Join(t.config.Dir, id+".node"), ContainerPath: "/dev/twin-" + id, Permissions: "rw"})
 		}
 	}
