@@ -39,6 +39,15 @@ func TestContainerdOutage(t *testing.T) {
 	broken := make(chan error, 1)
 	go func() { broken <- w.rt.Events(w.ctx(), func(sdk.Attempt) {}) }()
 
+	// A containerd that hangs says nothing of a health check's container.
+	if err := ctd.Hang(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = w.rt.Exec(w.ctx(), sdk.ExecRequest{Attempt: stay, Command: []string{"/workload", "info"}, Timeout: time.Second})
+	if !errors.Is(err, sdk.Unavailable) || !strings.Contains(err.Error(), "does not answer in time") {
+		t.Errorf("Exec while containerd hangs: %v; want unavailable", err)
+	}
+
 	ctd.Kill()
 	for name, call := range map[string]func(context.Context) error{
 		"Info": func(ctx context.Context) error { _, err := w.rt.Info(ctx); return err },

@@ -116,6 +116,13 @@ func (c *Containerd) Kill() {
 	}
 }
 
+// Hang stops the daemon without ending it, until Kill.
+func (c *Containerd) Hang() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.p.Signal(syscall.SIGSTOP)
+}
+
 // Log is the path of the daemon's log.
 func (c *Containerd) Log() string { return filepath.Join(c.dir, "containerd.log") }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -23,6 +24,9 @@ const (
 	// How long output may trail behind an exit: a child that keeps the pipe
 	// open would hold the answer back for ever.
 	trailing = time.Second
+	// How long containerd may take to say that the container runs: less than
+	// the agent adds to a command's own time.
+	reachTime = 4 * time.Second
 )
 
 // Exec implements sdk.Runtime.
@@ -32,43 +36,44 @@ func (r *Runtime) Exec(ctx context.Context, q sdk.ExecRequest) (sdk.ExecResult, 
 	if len(q.Command) == 0 || q.Command[0] == "" {
 		return sdk.ExecResult{}, sdk.Errorf(sdk.Invalid, op, "no command was given")
 	}
-	h, err := r.must(ctx, op, q.Attempt)
-	if err != nil {
-		return sdk.ExecResult{}, err
-	}
-	if h.container.State != sdk.StateRunning {
+	// Until it begins, time is containerd's, and only then the command's.
+	begin, cancel := context.WithTimeoutCause(ctx, reachTime, errSilent)
+	defer cancel()
+	h, err := r.must(begin, op, q.Attempt)
+	if err == nil && h.container.State != sdk.StateRunning {
 		return sdk.ExecResult{}, sdk.Errorf(sdk.NotFound, op, "it is not running")
 	}
-	if q.Timeout > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, q.Timeout, errTooLong)
-		defer cancel()
+	var res sdk.ExecResult
+	if err == nil {
+		res, err = r.exec(ctx, begin, h, q)
 	}
-	res, err := r.exec(ctx, h, q)
-	if err != nil {
-		if context.Cause(ctx) == errTooLong {
-			return res, sdk.Errorf(sdk.Deadline, op, "it took longer than %s and was killed", q.Timeout)
-		}
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return res, r.fail(op, err)
+	switch {
+	case err == nil, errors.Is(err, errTooLong):
+	case context.Cause(begin) == errSilent && ctx.Err() == nil:
+		err = sdk.Errorf(sdk.Unavailable, op, "%w", errSilent).WithHint("look at containerd, at " + r.cfg.Address + ", and at how busy the machine is")
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
 	}
-	return res, nil
+	return res, r.fail(op, err)
 }
 
-var errTooLong = sdk.Errorf(sdk.Deadline, "", "the command's own time is over")
+// errSilent is containerd not answering: of the container that tells nothing.
+var errSilent = errors.New("containerd does not answer in time")
 
-func (r *Runtime) exec(ctx context.Context, h *held, q sdk.ExecRequest) (res sdk.ExecResult, err error) {
-	c, err := r.client.LoadContainer(ctx, h.id)
+// errTooLong is the end of a command's own time.
+var errTooLong = errors.New("the command took too long")
+
+// exec runs a command that begins before the context begin ends.
+func (r *Runtime) exec(ctx, begin context.Context, h *held, q sdk.ExecRequest) (res sdk.ExecResult, err error) {
+	c, err := r.client.LoadContainer(begin, h.id)
 	if err != nil {
 		return res, err
 	}
-	t, err := c.Task(ctx, nil)
+	t, err := c.Task(begin, nil)
 	if err != nil {
 		return res, err
 	}
-	spec, err := c.Spec(ctx)
+	spec, err := c.Spec(begin)
 	if err != nil {
 		return res, err
 	}
@@ -82,7 +87,7 @@ func (r *Runtime) exec(ctx context.Context, h *held, q sdk.ExecRequest) (res sdk
 	out := &tailBuffer{limit: min(limit, mostOutput)}
 	id := "exec-" + token()
 	dir := filepath.Join(r.runDir, "exec")
-	p, err := t.Exec(ctx, id, &proc, cio.NewCreator(cio.WithStreams(nil, out, out), cio.WithFIFODir(dir)))
+	p, err := t.Exec(begin, id, &proc, cio.NewCreator(cio.WithStreams(nil, out, out), cio.WithFIFODir(dir)))
 	if err != nil {
 		return res, err
 	}
@@ -99,7 +104,7 @@ func (r *Runtime) exec(ctx context.Context, h *held, q sdk.ExecRequest) (res sdk
 	if err != nil {
 		return res, err
 	}
-	if err := p.Start(ctx); err != nil {
+	if err := p.Start(begin); err != nil {
 		msg := err.Error()
 		switch {
 		case strings.Contains(msg, "executable file not found"), strings.Contains(msg, "no such file or directory"):
@@ -108,6 +113,11 @@ func (r *Runtime) exec(ctx context.Context, h *held, q sdk.ExecRequest) (res sdk
 			return sdk.ExecResult{ExitCode: 126, Output: []byte(q.Command[0] + ": cannot be executed\n")}, nil
 		}
 		return res, err
+	}
+	if q.Timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, q.Timeout, errTooLong)
+		defer cancel()
 	}
 	select {
 	case s := <-exited:
@@ -135,7 +145,10 @@ func (r *Runtime) exec(ctx context.Context, h *held, q sdk.ExecRequest) (res sdk
 		p.IO().Cancel()
 		p.IO().Close()
 		res.Output = out.bytes()
-		return res, context.Cause(ctx)
+		if err = context.Cause(ctx); err == errTooLong {
+			err = sdk.Errorf(sdk.Deadline, "", "%w, more than %s, and was killed", errTooLong, q.Timeout)
+		}
+		return res, err
 	}
 }
 
