@@ -32,15 +32,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A page mapped is a fault counted, so faults say what there may be to give
-// back. Doing so costs about as much as answering a call: it is done soon after
+// Giving back costs about as much as answering a call: it is done soon after
 // each piece of work, but not in the middle of much.
 const (
 	interval = 2 * time.Second        // between looks, with nothing to tell that there was work
 	settle   = 200 * time.Millisecond // after work
 	rest     = time.Second            // after each time
 	busy     = interval / 100         // processor time since the last look: not idling
-	worth    = 32                     // faults since last time, up to 64 KiB each
+	worth    = 3 << 19                // bytes of the executable that are mapped
 )
 
 var worked = make(chan struct{}, 1)
@@ -101,11 +100,12 @@ type watch struct {
 	at   time.Time // of that
 }
 
-// look tells whether to give memory back now, and when to look again.
+// look tells whether to give memory back now, and when to look again. A page
+// that was mapped is a fault that was counted: without any, there is nothing.
 func (w *watch) look(at time.Time, now usage) (again time.Duration, due bool) {
 	spent := now.cpu - w.last.cpu
 	w.last = now
-	if spent > busy || now.faults-w.base < worth {
+	if spent > busy || now.faults == w.base {
 		return interval, false
 	}
 	if resting := rest - at.Sub(w.at); resting > 0 {
@@ -156,8 +156,15 @@ func (t *trimmer) trim() {
 	if err != nil {
 		return
 	}
+	var clean []mapping
+	sum := 0
 	for _, m := range t.code {
-		if !hasPrivate(pagemap, m, t.pages) {
+		if mapped, private := scan(pagemap, m, t.pages); !private {
+			clean, sum = append(clean, m), sum+mapped
+		}
+	}
+	if sum >= worth {
+		for _, m := range clean {
 			_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED)
 		}
 	}
@@ -196,28 +203,31 @@ const (
 	pageOfFile  = 1 << 61
 )
 
-// hasPrivate tells whether a mapping of a file holds a page that is not the
-// file's, or that this cannot be found out. buf is for its use.
-func hasPrivate(pagemap int, m mapping, buf []byte) bool {
+// scan tells how many bytes of a mapping of a file are mapped, and whether one
+// of its pages is not the file's, or this cannot be found out. buf is for its
+// use and holds a multiple of 8 bytes.
+func scan(pagemap int, m mapping, buf []byte) (mapped int, private bool) {
 	page := uintptr(os.Getpagesize())
 	offset, left := uint64(m.start/page)*8, uint64((m.end-m.start)/page)*8
 	for left > 0 {
 		b := buf[:min(left, uint64(len(buf)))]
 		if offset > math.MaxInt64 {
-			return true
+			return 0, true
 		}
 		n, err := unix.Pread(pagemap, b, int64(offset))
-		if err != nil || n < 8 {
-			return true
+		if n &^= 7; err != nil || n <= 0 {
+			return 0, true
 		}
-		n &^= 7
 		for i := 0; i < n; i += 8 {
 			e := binary.NativeEndian.Uint64(b[i:])
 			if e&pageSwapped != 0 || e&pagePresent != 0 && e&pageOfFile == 0 {
-				return true
+				return 0, true
+			}
+			if e&pagePresent != 0 {
+				mapped += int(page)
 			}
 		}
 		offset, left = offset+uint64(n), left-uint64(n)
 	}
-	return false
+	return mapped, false
 }
