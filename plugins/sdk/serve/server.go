@@ -108,6 +108,7 @@ func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 func (s *server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
 	ctx, cancel := s.join(ss.Context())
 	defer cancel()
+	defer idle.Worked()
 	defer func() { err = bridge.ToStatus(err) }()
 	defer recovered(info.FullMethod, &err)
 	if err := s.ready(info.FullMethod); err != nil {
@@ -128,6 +129,11 @@ type joinedStream struct {
 }
 
 func (s joinedStream) Context() context.Context { return s.ctx }
+
+func (s joinedStream) SendMsg(m any) error {
+	defer idle.Worked()
+	return s.ServerStream.SendMsg(m)
+}
 
 func recovered(method string, err *error) {
 	r := recover()

@@ -25,7 +25,6 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
-	"runtime/metrics"
 	"strconv"
 	"time"
 
@@ -121,14 +120,14 @@ func (w *watch) gave(at time.Time, now usage) { w.last, w.base, w.at = now, now.
 const collect = 1 << 20
 
 type trimmer struct {
-	code      []mapping         // read-only, of the executable
-	allocated [1]metrics.Sample // bytes, ever
-	collected uint64            // of them, when garbage was collected last
+	code      []mapping // read-only, of the executable
+	heap      runtime.MemStats
+	collected uint64 // bytes ever allocated when garbage was collected last
 	pages     []byte
 }
 
 func newTrimmer() *trimmer {
-	t := &trimmer{allocated: [1]metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}, pages: make([]byte, 2<<10)}
+	t := &trimmer{pages: make([]byte, 2<<10)}
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return t
@@ -145,9 +144,9 @@ func newTrimmer() *trimmer {
 func Trim() { newTrimmer().trim() }
 
 func (t *trimmer) trim() {
-	metrics.Read(t.allocated[:])
-	if v := t.allocated[0].Value; v.Kind() == metrics.KindUint64 && v.Uint64()-t.collected >= collect {
-		t.collected = v.Uint64()
+	runtime.ReadMemStats(&t.heap) // runtime/metrics would keep more than this
+	if t.heap.TotalAlloc-t.collected >= collect {
+		t.collected = t.heap.TotalAlloc
 		runtime.GC() // what pools kept goes at the second collection
 		debug.FreeOSMemory()
 	}
