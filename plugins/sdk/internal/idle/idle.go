@@ -36,7 +36,7 @@ import (
 const (
 	interval = 2 * time.Second        // between looks, with nothing to tell that there was work
 	settle   = 200 * time.Millisecond // after work
-	rest     = time.Second            // after each time
+	rest     = 500 * time.Millisecond // after each time
 	busy     = interval / 100         // processor time since the last look: not idling
 	worth    = 3 << 19                // bytes of the executable that are mapped
 )
@@ -117,7 +117,7 @@ func (w *watch) look(at time.Time, now usage) (again time.Duration, due bool) {
 func (w *watch) gave(at time.Time, now usage) { w.last, w.base, w.at = now, now.faults, at }
 
 // collect is how many bytes of new objects are worth a collection.
-const collect = 1 << 20
+const collect = 1 << 19
 
 type trimmer struct {
 	code      []mapping // read-only, of the executable
@@ -147,7 +147,7 @@ func (t *trimmer) trim() {
 	runtime.ReadMemStats(&t.heap) // runtime/metrics would keep more than this
 	if t.heap.TotalAlloc-t.collected >= collect {
 		t.collected = t.heap.TotalAlloc
-		runtime.GC() // what pools kept goes at the second collection
+		runtime.GC() // what pools kept goes at the second collection: up to 500 KiB
 		debug.FreeOSMemory()
 	}
 	// With bare calls: what runs from here on is mapped again at once.
