@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -110,11 +109,13 @@ func parseConfig(raw json.RawMessage) (Config, error) {
 	return c, nil
 }
 
-var (
-	namespaceName = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`)
-	interfaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$`)
-	cgroupPath    = regexp.MustCompile(`^/[A-Za-z0-9._/-]+$`)
-)
+func isInterfaceName(s string) bool {
+	return only(s, alphanumeric+"._-") && only(s[:1], alphanumeric) && len(s) <= 15
+}
+
+func isCgroupPath(s string) bool {
+	return strings.HasPrefix(s, "/") && only(s[1:], alphanumeric+"._/-")
+}
 
 // validate reports everything that is wrong at once.
 func (c *Config) validate() error {
@@ -125,7 +126,7 @@ func (c *Config) validate() error {
 	if !filepath.IsAbs(c.Address) {
 		bad("address", "%q is not the absolute path of a socket", c.Address)
 	}
-	if !namespaceName.MatchString(c.Namespace) || len(c.Namespace) > 76 {
+	if !isPlainName(c.Namespace) || len(c.Namespace) > 76 {
 		bad("namespace", "%q is not a containerd namespace", c.Namespace)
 	}
 	if c.Runtime == "" {
@@ -137,7 +138,7 @@ func (c *Config) validate() error {
 	if c.PullConcurrency < 1 || c.PullConcurrency > 64 {
 		bad("pull_concurrency", "%d is not within 1 to 64", c.PullConcurrency)
 	}
-	if !cgroupPath.MatchString(c.CgroupParent) || filepath.Clean(c.CgroupParent) != c.CgroupParent {
+	if !isCgroupPath(c.CgroupParent) || filepath.Clean(c.CgroupParent) != c.CgroupParent {
 		bad("cgroup_parent", "%q is not a clean absolute path below the root cgroup", c.CgroupParent)
 	}
 	for _, d := range c.CNIBinDirs {
@@ -145,7 +146,7 @@ func (c *Config) validate() error {
 			bad("cni_bin_dirs", "%q is not absolute", d)
 		}
 	}
-	if !interfaceName.MatchString(c.Bridge.Name) {
+	if !isInterfaceName(c.Bridge.Name) {
 		bad("bridge.name", "%q is not an interface name", c.Bridge.Name)
 	}
 	if p, err := netip.ParsePrefix(c.Bridge.Subnet); err != nil || !p.Addr().Is4() || p.Bits() > 29 || p != p.Masked() {

@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"regexp"
 	"strconv"
 	"strings"
 
@@ -25,16 +24,32 @@ const (
 	labelPort      = "belay.port." // + number: protocol hostIP hostPort containerPort name
 )
 
-var (
-	taskID     = regexp.MustCompile(`^[0-9a-f]{32}$`)
-	plainName  = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`)
-	maxIDChars = 76 // containerd's own limit
-)
+const maxIDChars = 76 // containerd's own limit
+
+// Names are checked by hand: the regular expressions would be compiled, and
+// kept, by every plugin that is in one binary with this one.
+const alphanumeric = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+// only tells whether s is not empty and all in set.
+func only(s, set string) bool { return s != "" && strings.Trim(s, set) == "" }
+
+func isTaskID(s string) bool { return len(s) == 32 && only(s, "0123456789abcdef") }
+
+// isPlainName: letters and digits, and between them single '.', '_' and '-'.
+func isPlainName(s string) bool {
+	const between = "._-"
+	for i := range len(s) {
+		if strings.IndexByte(between, s[i]) >= 0 && (i == 0 || i == len(s)-1 || strings.IndexByte(between, s[i-1]) >= 0) {
+			return false
+		}
+	}
+	return only(s, alphanumeric+between)
+}
 
 // validAttempt refuses what could not be a directory or a label.
 func validAttempt(op string, a sdk.Attempt) error {
 	switch {
-	case !taskID.MatchString(a.Task):
+	case !isTaskID(a.Task):
 		return sdk.Errorf(sdk.Invalid, op, "task id %q is not 32 lower-case hex digits", a.Task)
 	case a.Container == "" || len(a.Container) > 255:
 		return sdk.Errorf(sdk.Invalid, op, "container name %q is not of 1 to 255 characters", a.Container)
@@ -47,7 +62,7 @@ func validAttempt(op string, a sdk.Attempt) error {
 // leafName names an attempt within its task.
 func leafName(a sdk.Attempt) string {
 	name, number := a.Container, strconv.Itoa(a.Number)
-	if !plainName.MatchString(name) || len(a.Task)+1+len(name)+1+len(number) > maxIDChars {
+	if !isPlainName(name) || len(a.Task)+1+len(name)+1+len(number) > maxIDChars {
 		sum := sha256.Sum256([]byte(name))
 		name = hex.EncodeToString(sum[:8])
 	}

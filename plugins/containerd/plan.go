@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -169,10 +168,9 @@ func checkMounts(mounts []sdk.Mount) error {
 	return nil
 }
 
-var (
-	ulimits = []string{"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack"}
-	perms   = regexp.MustCompile(`^[rwm]{0,3}$`)
-)
+var ulimits = []string{"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack"}
+
+func isPermissions(s string) bool { return len(s) <= 3 && strings.Trim(s, "rwm") == "" }
 
 // checkNames refuses names that runc would refuse later in worse words, or
 // ignore.
@@ -194,7 +192,7 @@ func checkNames(s sdk.ContainerSpec) error {
 		if !filepath.IsAbs(d.HostPath) || d.ContainerPath != "" && !filepath.IsAbs(d.ContainerPath) {
 			return sdk.Errorf(sdk.Invalid, "", "device %q: not an absolute path", d.HostPath)
 		}
-		if !perms.MatchString(d.Permissions) {
+		if !isPermissions(d.Permissions) {
 			return sdk.Errorf(sdk.Invalid, "", "device %s: permissions %q are not of r, w and m", d.HostPath, d.Permissions)
 		}
 		if _, err := os.Stat(d.HostPath); err != nil {
@@ -202,7 +200,7 @@ func checkNames(s sdk.ContainerSpec) error {
 		}
 	}
 	for _, r := range s.DeviceRules {
-		if r.Type != "c" && r.Type != "b" || !perms.MatchString(r.Permissions) {
+		if r.Type != "c" && r.Type != "b" || !isPermissions(r.Permissions) {
 			return sdk.Errorf(sdk.Invalid, "", "device rule %q %d %q: want type c or b and permissions of r, w and m", r.Type, r.Major, r.Permissions)
 		}
 	}

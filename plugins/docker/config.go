@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
-	"regexp"
 	"strings"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -73,10 +72,13 @@ func parseConfig(raw json.RawMessage) (Config, error) {
 	return c, nil
 }
 
-var (
-	cgroupPath = regexp.MustCompile(`^/[A-Za-z0-9._/-]+$`)
-	dockerName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]*$`)
-)
+func isCgroupPath(s string) bool {
+	return strings.HasPrefix(s, "/") && only(s[1:], alphanumeric+"._/-")
+}
+
+func isDockerName(s string) bool {
+	return only(s, alphanumeric+"_.-") && only(s[:1], alphanumeric)
+}
 
 // validate reports everything that is wrong at once.
 func (c *Config) validate() error {
@@ -87,13 +89,13 @@ func (c *Config) validate() error {
 	if !filepath.IsAbs(c.Address) {
 		bad("address", "%q is not the absolute path of a socket", c.Address)
 	}
-	if c.Runtime != "" && !dockerName.MatchString(c.Runtime) {
+	if c.Runtime != "" && !isDockerName(c.Runtime) {
 		bad("runtime", "%q is not the name of a runtime", c.Runtime)
 	}
-	if !dockerName.MatchString(c.Network) || c.Network == sdk.NetworkHost || c.Network == sdk.NetworkNone {
+	if !isDockerName(c.Network) || c.Network == sdk.NetworkHost || c.Network == sdk.NetworkNone {
 		bad("network", "%q is not the name of a bridge network", c.Network)
 	}
-	if !cgroupPath.MatchString(c.CgroupParent) || filepath.Clean(c.CgroupParent) != c.CgroupParent {
+	if !isCgroupPath(c.CgroupParent) || filepath.Clean(c.CgroupParent) != c.CgroupParent {
 		bad("cgroup_parent", "%q is not a clean absolute path below the root cgroup", c.CgroupParent)
 	}
 	for i, dir := range c.CDISpecDirs {

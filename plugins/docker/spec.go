@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -334,10 +333,9 @@ func bindMount(m sdk.Mount) (readOnly bool, b bindOptions, err error) {
 	return readOnly, b, nil
 }
 
-var (
-	ulimits = []string{"core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack"}
-	perms   = regexp.MustCompile(`^[rwm]{0,3}$`)
-)
+var ulimits = []string{"core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack"}
+
+func isPermissions(s string) bool { return len(s) <= 3 && strings.Trim(s, "rwm") == "" }
 
 // checkNames refuses what the daemon would refuse later in worse words.
 func checkNames(s sdk.ContainerSpec) error {
@@ -353,7 +351,7 @@ func checkNames(s sdk.ContainerSpec) error {
 		if !filepath.IsAbs(d.HostPath) || d.ContainerPath != "" && !filepath.IsAbs(d.ContainerPath) {
 			return sdk.Errorf(sdk.Invalid, "", "device %q: not an absolute path", d.HostPath)
 		}
-		if !perms.MatchString(d.Permissions) {
+		if !isPermissions(d.Permissions) {
 			return sdk.Errorf(sdk.Invalid, "", "device %s: permissions %q are not of r, w and m", d.HostPath, d.Permissions)
 		}
 		if _, err := os.Stat(d.HostPath); err != nil {

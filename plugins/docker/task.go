@@ -19,7 +19,7 @@ func (r *Runtime) taskFile(task string) string { return filepath.Join(r.tasksDir
 // file that remembers the task across reboots.
 func (r *Runtime) PrepareTask(ctx context.Context, t sdk.TaskSpec) error {
 	op := "prepare task " + t.ID
-	if !taskID.MatchString(t.ID) {
+	if !isTaskID(t.ID) {
 		return sdk.Errorf(sdk.Invalid, op, "task id %q is not 32 lower-case hex digits", t.ID)
 	}
 	switch t.PIDMode {
@@ -78,7 +78,7 @@ func (r *Runtime) checkNetwork(ctx context.Context, mode string) error {
 // RemoveTask implements sdk.Runtime.
 func (r *Runtime) RemoveTask(ctx context.Context, task string) error {
 	op := "remove task " + task
-	if !taskID.MatchString(task) {
+	if !isTaskID(task) {
 		return sdk.Errorf(sdk.Invalid, op, "task id %q is not 32 lower-case hex digits", task)
 	}
 	unlock, err := r.names.lock(ctx, task)
@@ -133,7 +133,7 @@ func (r *Runtime) preparedTasks() ([]string, error) {
 	}
 	var all []string
 	for _, e := range entries {
-		if id, ok := strings.CutSuffix(e.Name(), ".json"); ok && taskID.MatchString(id) {
+		if id, ok := strings.CutSuffix(e.Name(), ".json"); ok && isTaskID(id) {
 			all = append(all, id)
 		}
 	}

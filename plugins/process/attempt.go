@@ -8,8 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -24,10 +24,12 @@ import (
 //	<state>/tasks/<task>/a/<container>/<n>/   one attempt, see internal/record
 const attemptsDir = "a"
 
-var (
-	taskID        = regexp.MustCompile(`^[0-9a-f]{32}$`)
-	containerName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,255}$`)
-)
+func isTaskID(s string) bool { return len(s) == 32 && strings.Trim(s, "0123456789abcdef") == "" }
+
+func isContainerName(s string) bool {
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
+	return s != "" && len(s) <= 255 && strings.Trim(s, letters) == ""
+}
 
 // meta is what the plugin itself must know of an attempt later.
 type meta struct {
@@ -48,7 +50,7 @@ type attempt struct {
 func (r *Runtime) taskDir(task string) string { return filepath.Join(r.tasksDir(), task) }
 
 func checkTask(op, task string) error {
-	if !taskID.MatchString(task) {
+	if !isTaskID(task) {
 		return sdk.Errorf(sdk.Invalid, op, "task %q is not 32 lower-case hex digits", task)
 	}
 	return nil
@@ -59,7 +61,7 @@ func (r *Runtime) attemptOf(op string, a sdk.Attempt) (*attempt, error) {
 	if err := checkTask(op, a.Task); err != nil {
 		return nil, err
 	}
-	if !containerName.MatchString(a.Container) {
+	if !isContainerName(a.Container) {
 		return nil, sdk.Errorf(sdk.Invalid, op, "container %q is not 1 to 255 letters, digits, - or _", a.Container)
 	}
 	if a.Number < 1 {

@@ -394,7 +394,7 @@ func (r *Runtime) List(ctx context.Context) (sdk.Inventory, error) {
 		return inv, sdk.Errorf(sdk.Unavailable, op, "%w", err)
 	}
 	for _, t := range tasks {
-		if !taskID.MatchString(t.Name()) {
+		if !isTaskID(t.Name()) {
 			continue
 		}
 		if _, err := os.Stat(filepath.Join(r.taskDir(t.Name()), taskFile)); err == nil {

@@ -3,7 +3,7 @@ package sdk
 import (
 	"context"
 	"fmt"
-	"regexp"
+	"strings"
 	"time"
 )
 
@@ -133,10 +133,13 @@ type DeviceStats struct {
 	PowerWatts         *float64
 }
 
-var (
-	deviceKind      = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
-	deviceAttribute = regexp.MustCompile(`^[a-z][a-z0-9_.]*$`)
-)
+const lower = "abcdefghijklmnopqrstuvwxyz"
+
+// startsLower tells whether s is one of a-z and then only these or what is in
+// more. A regular expression would be compiled, and kept, in every plugin.
+func startsLower(s, more string) bool {
+	return s != "" && strings.Contains(lower, s[:1]) && strings.Trim(s, lower+more) == ""
+}
 
 // CheckInventory says what of an inventory breaks the contract; an error of
 // kind Invalid. The agent refuses such an inventory whole and keeps the one
@@ -155,7 +158,7 @@ func CheckInventory(devices []Device) error {
 			return invalid("device id %.40q has %d bytes, want 1 to %d", d.ID, len(d.ID), MaxDeviceText)
 		case seen[d.ID]:
 			return invalid("two devices have the id %q", d.ID)
-		case !deviceKind.MatchString(d.Kind):
+		case !startsLower(d.Kind, "0123456789-") || len(d.Kind) > 32:
 			return invalid("device %q is of kind %.40q, want a-z, then at most 31 of a-z, 0-9 and -", d.ID, d.Kind)
 		case d.Health != "" && d.Health != HealthHealthy && d.Health != HealthUnhealthy && d.Health != HealthUnknown:
 			return invalid("device %q has health %.40q, want %s, %s or %s", d.ID, d.Health, HealthHealthy, HealthUnhealthy, HealthUnknown)
@@ -170,7 +173,7 @@ func CheckInventory(devices []Device) error {
 		}
 		seen[d.ID] = true
 		for name, value := range d.Attributes {
-			if !deviceAttribute.MatchString(name) || len(name) > MaxDeviceText || len(value) > MaxDeviceText {
+			if !startsLower(name, "0123456789_.") || len(name) > MaxDeviceText || len(value) > MaxDeviceText {
 				return invalid("device %q has the attribute %.40q of %d bytes: want a name of a-z, 0-9, _ and . and at most %d bytes", d.ID, name, len(value), MaxDeviceText)
 			}
 		}

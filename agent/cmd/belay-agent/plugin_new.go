@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -24,7 +23,9 @@ var scaffold embed.FS
 // sdkModule is what a plugin's module requires.
 const sdkModule = "github.com/belay-edge/belay/plugins/sdk"
 
-var pluginName = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
+func isPluginName(s string) bool {
+	return s != "" && len(s) <= 63 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+}
 
 type pluginNew struct{ kind, module, dir, sdk string }
 
@@ -59,7 +60,7 @@ func (o pluginNew) run(t terminal, name string) error {
 		return usageError{errors.New("--kind runtime: there is no skeleton for runtimes, one that keeps the contract is a program of its own: read plugins/process in Belay's sources, and try yours with belay-agent plugin test")}
 	case o.kind != string(sdk.KindDevice):
 		return usageError{fmt.Errorf("--kind is %q: must be device", o.kind)}
-	case !pluginName.MatchString(name):
+	case !isPluginName(name):
 		return usageError{fmt.Errorf("plugin name %q: want 1 to 63 of a-z, 0-9 and -", name)}
 	}
 	if o.module == "" {

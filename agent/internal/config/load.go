@@ -9,7 +9,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -71,10 +70,24 @@ func decodeOnly(path string, text []byte, into any, only string) error {
 	return nil
 }
 
-var (
-	pluginName    = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
-	attributeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$`)
+// What names and checksums are made of. Regular expressions would stay in
+// memory for as long as the agent runs.
+const (
+	digits  = "0123456789"
+	lower   = "abcdefghijklmnopqrstuvwxyz"
+	letters = lower + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 )
+
+// only tells whether s is 1 to most bytes, all of them in set.
+func only(s, set string, most int) bool {
+	return s != "" && len(s) <= most && strings.Trim(s, set) == ""
+}
+
+func isPluginName(s string) bool { return only(s, lower+digits+"-", 63) }
+
+func isAttributeName(s string) bool {
+	return only(s, letters+digits+"._/-", 128) && only(s[:1], letters+digits, 1)
+}
 
 // Validate names every key that is wrong, with its value and the rule, all at once.
 func (c *Config) Validate() error {
@@ -111,7 +124,7 @@ func (c *Config) Validate() error {
 		switch {
 		case strings.HasPrefix(name, "belay."):
 			bad("attributes.%q: names beginning with \"belay.\" are the agent's own", name)
-		case !attributeName.MatchString(name):
+		case !isAttributeName(name):
 			bad("attributes.%q: a name is 1 to 128 letters, digits, '.', '_', '-' and '/', the first a letter or digit", name)
 		}
 		if len(c.Attributes[name]) > 128 {
@@ -119,7 +132,7 @@ func (c *Config) Validate() error {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Plugins)) {
-		if !pluginName.MatchString(name) {
+		if !isPluginName(name) {
 			bad("plugins.%q: a plugin's name is 1 to 63 lower-case letters, digits and '-'", name)
 		}
 		if _, err := json.Marshal(c.Plugins[name]); err != nil { // infinity and NaN have none

@@ -9,7 +9,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -88,11 +87,9 @@ func (p *Percent) UnmarshalText(b []byte) error {
 	return fmt.Errorf("%q is not a share of CPU: write it like \"50%%\" of one CPU or \"200%%\" for two, or \"none\" for no limit", b)
 }
 
-var checksum = regexp.MustCompile(`^[0-9a-f]{64}$`)
-
 func (s Settings) validate() error {
 	var all []error
-	if s.SHA256 != "" && !checksum.MatchString(s.SHA256) {
+	if s.SHA256 != "" && (len(s.SHA256) != 64 || !only(s.SHA256, digits+"abcdef", 64)) {
 		all = append(all, fmt.Errorf("belay.sha256 is %q: must be 64 digits 0-9 and a-f", s.SHA256))
 	}
 	if !slices.Contains([]string{"", ProfileAuto, ProfileDevice, ProfileNone}, s.Profile) {
@@ -124,7 +121,7 @@ func (c *Config) PluginNames() []string {
 // agent.toml or its own file, which may change while the agent runs. A mistake
 // in it is that plugin's alone.
 func (c *Config) Plugin(name string) (Plugin, error) {
-	if !pluginName.MatchString(name) {
+	if !isPluginName(name) {
 		return Plugin{}, fmt.Errorf("configuration of plugin %q: a plugin's name is 1 to 63 lower-case letters, digits and '-'", name)
 	}
 	file := filepath.Join(c.PluginConfigDir, name+".toml")

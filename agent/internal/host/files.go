@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -16,7 +15,9 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
-var validName = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
+func validName(s string) bool {
+	return s != "" && len(s) <= 63 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+}
 
 // ignored says which entries of the plugin directory are no plugins and no
 // mistake either.

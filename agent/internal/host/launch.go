@@ -23,7 +23,7 @@ func (p *plugin) launch(ctx context.Context) (*sdkhost.Plugin, error) {
 	p.files.executable, _ = identify(p.path)
 	settings, err := p.host.settings(p.name)
 	p.files.consider(settings, err)
-	if !validName.MatchString(p.name) {
+	if !validName(p.name) {
 		return nil, sdk.Errorf(sdk.Invalid, "check plugin "+p.path, "a plugin's file name has only a-z, 0-9 and -, and at most 63 of them").
 			WithHint("rename it, or move what is no plugin out of the plugin directory")
 	}

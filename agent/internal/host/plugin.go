@@ -291,6 +291,7 @@ func (p *plugin) watch(ctx context.Context, process *sdkhost.Plugin) error {
 			if settled = nil; again {
 				settled = time.After(t.Scan / 4)
 			}
+			sdkhost.Worked()
 			continue
 		}
 		pctx, cancel := context.WithTimeout(ctx, t.PingAnswer)

@@ -24,6 +24,7 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
 	"github.com/belay-edge/belay/plugins/sdk/internal/handshake"
+	"github.com/belay-edge/belay/plugins/sdk/internal/idle"
 	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
 
@@ -204,7 +205,7 @@ func (p *Plugin) Kill() {
 func (p *Plugin) call(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	unhook := context.AfterFunc(p.alive, cancel)
-	return ctx, func() { unhook(); cancel() }
+	return ctx, func() { unhook(); cancel(); idle.Worked() }
 }
 
 // explain translates the failure of a call made with ctx.

@@ -163,6 +163,8 @@ func (p *Plugin) connect(ctx context.Context) error {
 		StartTimeout:     p.opts.StartTimeout + time.Minute, // ctx is what counts
 		Stderr:           p.stderr,
 		Logger:           hclog.NewNullLogger(), // every failure is in our own errors
+		// It would keep 64 KiB for each plugin; longer lines come in pieces.
+		PluginLogBufferSize: 2 << 10,
 		GRPCDialOptions: []grpc.DialOption{
 			grpc.WithContextDialer(p.dial),
 			grpc.WithReadBufferSize(4 << 10), grpc.WithWriteBufferSize(4 << 10),

@@ -185,7 +185,7 @@ func (p *process) Kill(context.Context) error {
 func (p *process) Stdout() io.ReadCloser {
 	r, w := io.Pipe()
 	go func() {
-		buf := bufio.NewReaderSize(io.LimitReader(ending{p.stdout}, 64<<10), 4<<10)
+		buf := bufio.NewReaderSize(io.LimitReader(ending{p.stdout}, 64<<10), 2<<10)
 		line, _ := buf.ReadString('\n')
 		p.mu.Lock()
 		p.first = strings.TrimSpace(line)
@@ -194,7 +194,7 @@ func (p *process) Stdout() io.ReadCloser {
 		// Whatever follows is for the log. A full pipe would stop the plugin,
 		// and a line without end would stop go-plugin's reader.
 		_, _ = io.Copy(p.more, buf)
-		_, _ = io.Copy(p.more, ending{p.stdout})
+		_, _ = io.CopyBuffer(p.more, ending{p.stdout}, make([]byte, 2<<10)) // kept while the plugin lives
 		w.Close()
 	}()
 	return r

@@ -22,6 +22,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -62,6 +63,7 @@ func run(p sdk.Plugin, stdout, stderr *os.File) int {
 	// ignored SIGPIPE would be inherited by every program the plugin starts.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGINT, syscall.SIGHUP)
 	slog.SetDefault(slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	useOneProcessor()
 
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer cancel()
@@ -189,6 +191,16 @@ func pickVersion(host string) int {
 		}
 	}
 	return versions[0]
+}
+
+// useOneProcessor lets Go code run on one processor at a time, unless the
+// plugin or its environment has asked for a number. A plugin waits for others
+// nearly always, and for each further processor, whether it is used or not, Go
+// keeps partly used memory of every size of object: hundreds of KiB.
+func useOneProcessor() {
+	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) == runtime.NumCPU() {
+		runtime.GOMAXPROCS(1)
+	}
 }
 
 // watchParent calls stop when the host is gone: when the pipe it holds on our

@@ -21,6 +21,7 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 	"github.com/belay-edge/belay/plugins/sdk/internal/bridge"
 	"github.com/belay-edge/belay/plugins/sdk/internal/handshake"
+	"github.com/belay-edge/belay/plugins/sdk/internal/idle"
 	"github.com/belay-edge/belay/plugins/sdk/internal/pluginpb"
 	pluginv2 "github.com/belay-edge/belay/plugins/sdk/internal/pluginpb/v2"
 )
@@ -95,6 +96,7 @@ var controllerDesc = grpc.ServiceDesc{
 func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {
 	ctx, cancel := s.join(ctx)
 	defer cancel()
+	defer idle.Worked()
 	defer func() { err = bridge.ToStatus(err) }()
 	defer recovered(info.FullMethod, &err)
 	if err := s.ready(info.FullMethod); err != nil {
@@ -106,6 +108,7 @@ func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 func (s *server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
 	ctx, cancel := s.join(ss.Context())
 	defer cancel()
+	defer idle.Worked()
 	defer func() { err = bridge.ToStatus(err) }()
 	defer recovered(info.FullMethod, &err)
 	if err := s.ready(info.FullMethod); err != nil {
@@ -126,6 +129,11 @@ type joinedStream struct {
 }
 
 func (s joinedStream) Context() context.Context { return s.ctx }
+
+func (s joinedStream) SendMsg(m any) error {
+	defer idle.Worked()
+	return s.ServerStream.SendMsg(m)
+}
 
 func recovered(method string, err *error) {
 	r := recover()

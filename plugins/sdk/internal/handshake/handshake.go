@@ -5,7 +5,6 @@ package handshake
 import (
 	"fmt"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 )
@@ -36,10 +35,10 @@ const (
 
 const coreVersion = 1
 
-var name = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
-
-// ValidName reports whether s may name a plugin.
-func ValidName(s string) bool { return name.MatchString(s) }
+// ValidName reports whether s may name a plugin: 1 to 63 of a-z, 0-9 and -.
+func ValidName(s string) bool {
+	return s != "" && len(s) <= 63 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+}
 
 // SocketPrefix begins the names of plugins' sockets, which may share their
 // directory with other files.

@@ -1,15 +1,15 @@
 // Package idle gives back the memory that starting, or a burst of work, left
 // with a process that has gone quiet.
 //
-// Two kinds go. The heap's free pages return to the kernel at once, which the
-// runtime would do by and by. And the pages of the executable are unmapped:
-// the kernel maps 64 KiB around every page a process touches, so a process
-// that ran its start-up once has all of its code and tables mapped for ever,
-// and is charged for it. Unmapping frees nothing by itself; the pages stay in
-// the page cache as long as the kernel has room, and now leave first where it
-// has not. What is used again is mapped again by a minor fault of about a
-// microsecond for 64 KiB, or is read from disk if it did leave. So what the
-// process is charged with from then on is what it uses when idle.
+// Two kinds go. Garbage is collected and the heap's free pages return to the
+// kernel, which the runtime would do by and by. And the pages of the executable
+// are unmapped: the kernel maps 64 KiB around every page a process touches, so
+// a process that ran its start-up once has all of its code and tables mapped
+// for ever, and is charged for it. Unmapping frees nothing by itself; the pages
+// stay in the page cache as long as the kernel has room, and now leave first
+// where it has not. What is used again is mapped again by a minor fault of
+// about a microsecond for 64 KiB, or is read from disk if it did leave. So what
+// the process is charged with from then on is what it uses when idle.
 //
 // Only read-only mappings of the executable without a private page are
 // unmapped: dropping a private page would lose what was written to it, by a
@@ -18,135 +18,215 @@
 package idle
 
 import (
-	"bufio"
+	"bytes"
 	"context"
-	"fmt"
-	"io"
+	"encoding/binary"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
-	"runtime/metrics"
-	"strings"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A page mapped is a fault counted, so faults say both that a process is busy
-// in a new way and what there may be to give back. What it does now and then
-// comes back each time, so the pauses between one time and the next grow until
-// there is a burst of something else.
+// Giving back costs about as much as answering a call: it is done soon after
+// each piece of work, but not in the middle of much.
 const (
-	interval = 5 * time.Second
-	quiet    = 16  // faults in an interval: nothing new is happening
-	worth    = 32  // faults since last time, up to 64 KiB each: 2 MiB
-	burst    = 100 // faults in an interval: not idling
-	pause    = 6   // intervals from one time to the next, doubled up to
-	maxPause = 120
+	interval = 2 * time.Second        // between looks, with nothing to tell that there was work
+	settle   = 200 * time.Millisecond // after work
+	rest     = 500 * time.Millisecond // after each time
+	busy     = interval / 100         // processor time since the last look: not idling
+	worth    = 3 << 19                // bytes of the executable that are mapped
 )
+
+var worked = make(chan struct{}, 1)
+
+// Worked says that a piece of work is done: a process that knows gives memory
+// back sooner than one that is only looked at now and then.
+func Worked() {
+	select {
+	case worked <- struct{}{}:
+	default:
+	}
+}
 
 // Run gives memory back each time the process has gone quiet, until ctx ends.
 func Run(ctx context.Context) {
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
-	w := watch{pause: pause}
+	next := time.NewTimer(interval)
+	defer next.Stop()
+	t, w := newTrimmer(), watch{}
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
-			if w.due(faults()) {
-				Trim()
-			}
+		case <-worked:
+			next.Reset(settle)
+			continue
+		case <-next.C:
 		}
+		again, due := w.look(time.Now(), use())
+		if due {
+			t.trim()
+			w.gave(time.Now(), use())
+		}
+		next.Reset(again)
+	}
+}
+
+// usage is what the process has used of the machine so far.
+type usage struct {
+	faults int64
+	cpu    time.Duration
+}
+
+func use() usage {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		return usage{}
+	}
+	return usage{
+		faults: int64(u.Minflt) + int64(u.Majflt),
+		cpu:    time.Duration(u.Utime.Nano() + u.Stime.Nano()),
 	}
 }
 
 // watch decides when memory is given back.
 type watch struct {
-	last, base  int64 // faults at the last look, and when memory was given back last
-	wait, pause int   // looks to let pass now, and after the next time
+	last usage     // at the last look
+	base int64     // faults when memory was given back last
+	at   time.Time // of that
 }
 
-func (w *watch) due(now int64) bool {
-	since, cameBack := now-w.last, w.last == w.base
+// look tells whether to give memory back now, and when to look again. A page
+// that was mapped is a fault that was counted: without any, there is nothing.
+func (w *watch) look(at time.Time, now usage) (again time.Duration, due bool) {
+	spent := now.cpu - w.last.cpu
 	w.last = now
-	if since >= burst && !cameBack {
-		w.wait, w.pause = min(w.wait, pause), pause
+	if spent > busy || now.faults == w.base {
+		return interval, false
 	}
-	if w.wait > 0 {
-		w.wait--
-		return false
+	if resting := rest - at.Sub(w.at); resting > 0 {
+		return resting, false
 	}
-	if since > quiet || now-w.base < worth {
-		return false
-	}
-	w.base, w.wait, w.pause = now, w.pause, min(w.pause*2, maxPause)
-	return true
+	return interval, true
 }
 
-func faults() int64 {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return int64(u.Minflt) + int64(u.Majflt)
+// gave notes that memory was given back; now is after it.
+func (w *watch) gave(at time.Time, now usage) { w.last, w.base, w.at = now, now.faults, at }
+
+// collect is how many bytes of new objects are worth a collection.
+const collect = 1 << 19
+
+type trimmer struct {
+	code      []mapping // read-only, of the executable
+	heap      runtime.MemStats
+	collected uint64 // bytes ever allocated when garbage was collected last
+	pages     []byte
 }
 
-// collect is a heap worth collecting: the collector's own tables cost as much
-// as it finds in one that is smaller, as a plugin's is after start-up.
-const collect = 5 << 20
-
-// heap is what the heap holds of the machine's memory, used or not, in bytes.
-func heap() (sum uint64) {
-	s := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/unused:bytes"}, {Name: "/memory/classes/heap/free:bytes"}}
-	metrics.Read(s)
-	for _, m := range s {
-		if m.Value.Kind() == metrics.KindUint64 {
-			sum += m.Value.Uint64()
-		}
+func newTrimmer() *trimmer {
+	t := &trimmer{pages: make([]byte, 2<<10)}
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return t
 	}
-	return sum
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return t
+	}
+	t.code = readOnly(maps, exe)
+	return t
 }
 
 // Trim gives back what can be, now.
-func Trim() {
-	if heap() > collect {
-		runtime.GC() // what pools kept goes at the second collection
+func Trim() { newTrimmer().trim() }
+
+func (t *trimmer) trim() {
+	runtime.ReadMemStats(&t.heap) // runtime/metrics would keep more than this
+	if t.heap.TotalAlloc-t.collected >= collect {
+		t.collected = t.heap.TotalAlloc
+		runtime.GC() // what pools kept goes at the second collection: up to 500 KiB
 		debug.FreeOSMemory()
 	}
-	exe, err := os.Readlink("/proc/self/exe")
+	// With bare calls: what runs from here on is mapped again at once.
+	pagemap, err := unix.Open("/proc/self/pagemap", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return
 	}
-	f, err := os.Open("/proc/self/smaps")
-	if err != nil {
-		return
+	var clean []mapping
+	sum := 0
+	for _, m := range t.code {
+		if mapped, private := scan(pagemap, m, t.pages); !private {
+			clean, sum = append(clean, m), sum+mapped
+		}
 	}
-	defer f.Close()
-	for _, m := range unwritten(f, exe) {
-		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED)
+	if sum >= worth {
+		for _, m := range clean {
+			_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED)
+		}
 	}
+	_ = unix.Close(pagemap)
 }
 
 type mapping struct{ start, end uintptr }
 
-// unwritten lists the mappings of file that cannot be written and hold
-// nothing but what is in the file.
-func unwritten(smaps io.Reader, file string) (list []mapping) {
-	var m mapping
-	candidate := false
-	for s := bufio.NewScanner(smaps); s.Scan(); {
-		line := s.Text()
-		var perms, offset, dev, inode string
-		var next mapping
-		if n, _ := fmt.Sscanf(line, "%x-%x %s %s %s %s", &next.start, &next.end, &perms, &offset, &dev, &inode); n == 6 {
-			m, candidate = next, (perms == "r-xp" || perms == "r--p") && strings.HasSuffix(line, " "+file)
+// readOnly lists the mappings of file that cannot be written.
+func readOnly(maps []byte, file string) (list []mapping) {
+	for line := range bytes.Lines(maps) {
+		line = bytes.TrimSuffix(line, []byte("\n"))
+		addresses, rest, _ := bytes.Cut(line, []byte(" "))
+		if !bytes.HasPrefix(rest, []byte("r-xp ")) && !bytes.HasPrefix(rest, []byte("r--p ")) || !bytes.HasSuffix(line, []byte(" "+file)) {
 			continue
 		}
-		if kib, ok := strings.CutPrefix(line, "Anonymous:"); ok && candidate && strings.TrimSpace(kib) == "0 kB" {
-			list = append(list, m)
+		low, high, _ := bytes.Cut(addresses, []byte("-"))
+		start, err := strconv.ParseUint(string(low), 16, strconv.IntSize)
+		if err != nil {
+			continue
 		}
+		end, err := strconv.ParseUint(string(high), 16, strconv.IntSize)
+		if err != nil || end <= start {
+			continue
+		}
+		list = append(list, mapping{uintptr(start), uintptr(end)})
 	}
 	return list
+}
+
+// Bits of an entry of /proc/self/pagemap, see the kernel's
+// Documentation/admin-guide/mm/pagemap.rst.
+const (
+	pagePresent = 1 << 63
+	pageSwapped = 1 << 62
+	pageOfFile  = 1 << 61
+)
+
+// scan tells how many bytes of a mapping of a file are mapped, and whether one
+// of its pages is not the file's, or this cannot be found out. buf is for its
+// use and holds a multiple of 8 bytes.
+func scan(pagemap int, m mapping, buf []byte) (mapped int, private bool) {
+	page := uintptr(os.Getpagesize())
+	offset, left := uint64(m.start/page)*8, uint64((m.end-m.start)/page)*8
+	for left > 0 {
+		b := buf[:min(left, uint64(len(buf)))]
+		if offset > math.MaxInt64 {
+			return 0, true
+		}
+		n, err := unix.Pread(pagemap, b, int64(offset))
+		if n &^= 7; err != nil || n <= 0 {
+			return 0, true
+		}
+		for i := 0; i < n; i += 8 {
+			e := binary.NativeEndian.Uint64(b[i:])
+			if e&pageSwapped != 0 || e&pagePresent != 0 && e&pageOfFile == 0 {
+				return 0, true
+			}
+			if e&pagePresent != 0 {
+				mapped += int(page)
+			}
+		}
+		offset, left = offset+uint64(n), left-uint64(n)
+	}
+	return mapped, false
 }

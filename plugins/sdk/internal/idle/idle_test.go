@@ -2,78 +2,103 @@ package idle
 
 import (
 	"os"
+	"path/filepath"
 	"regexp"
 	"strconv"
-	"strings"
 	"testing"
+	"time"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
-func TestUnwritten(t *testing.T) {
-	const smaps = `00400000-00aa3000 r-xp 00000000 fe:00 100                      /opt/be lay
-Rss:                6668 kB
-Anonymous:             0 kB
+func TestReadOnly(t *testing.T) {
+	const maps = `00400000-00aa3000 r-xp 00000000 fe:00 100                      /opt/be lay
 00aa3000-01238000 r--p 006a3000 fe:00 100                      /opt/be lay
-Anonymous:             4 kB
 01238000-012a8000 rw-p 00e38000 fe:00 100                      /opt/be lay
-Anonymous:             0 kB
 012a8000-032ee000 r--p 00000000 00:00 0
-Anonymous:             0 kB
 7f42-7f43 r--s 00000000 fe:00 100                      /opt/be lay
-Anonymous:             0 kB
 7f43-7f44 r--p 00000000 fe:00 101                      /lib/x86_64-linux-gnu/libc.so.6
-Anonymous:             0 kB
-50f97000-50f99000 r--p 00000000 fe:00 100                      /opt/be lay
-AnonHugePages:         0 kB
-Anonymous:             0 kB
+7f45-7f44 r--p 00000000 fe:00 100                      /opt/be lay
+no-sense r--p 00000000 fe:00 100                      /opt/be lay
 7f4250fa0000-7f4250fa1000 r-xp 00000000 00:00 0                [vdso]
-Anonymous:             0 kB
+
 `
-	want := []mapping{{0x400000, 0xaa3000}, {0x50f97000, 0x50f99000}}
-	got := unwritten(strings.NewReader(smaps), "/opt/be lay")
-	if d := cmp.Diff(want, got, cmp.AllowUnexported(mapping{})); d != "" {
+	want := []mapping{{0x400000, 0xaa3000}, {0xaa3000, 0x1238000}}
+	if d := cmp.Diff(want, readOnly([]byte(maps), "/opt/be lay"), cmp.AllowUnexported(mapping{})); d != "" {
 		t.Error(d)
-	}
-	if got := unwritten(strings.NewReader("no\nsuch-file r-xp\n\nAnonymous: 0 kB\n"), "/opt/belay"); got != nil {
-		t.Errorf("of nonsense: %v", got)
 	}
 }
 
-func TestDue(t *testing.T) {
-	// Each step is looks that see so many more faults each.
-	type step struct {
-		looks  int
-		faults int64
+// A private page, such as one a relocation wrote to, keeps its mapping.
+func TestScan(t *testing.T) {
+	page := os.Getpagesize()
+	f := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(f, make([]byte, 600*page), 0o600); err != nil {
+		t.Fatal(err)
 	}
-	for name, c := range map[string]struct {
-		steps []step
-		want  []int // the looks at which memory is given back
-	}{
-		"start-up over":   {[]step{{1, 2000}, {1, 3}}, []int{1}},
-		"still starting":  {[]step{{4, 200}, {1, 0}}, []int{4}},
-		"all in use":      {[]step{{1, 2000}, {1, 0}, {1, 20}, {200, 0}}, []int{1}},
-		"comes back":      {[]step{{1, 400}, {1, 0}, {300, 8}}, []int{1, 8, 21, 46, 95, 192}},
-		"at once, always": {[]step{{1, 400}, {1, 0}, {1, 400}, {6, 0}, {1, 400}, {12, 0}, {1, 400}, {30, 0}}, []int{1, 8, 21, 46}},
-		"a burst later":   {[]step{{1, 2000}, {1, 0}, {40, 5}, {1, 900}, {20, 0}}, []int{1, 8, 21, 46}},
-		"never quiet":     {[]step{{100, 17}}, nil},
-		"nothing to give": {[]step{{1, 31}, {10, 0}}, nil},
-		"not readable":    {[]step{{10, 0}}, nil},
+	fd, err := unix.Open(f, unix.O_RDONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	b, err := unix.Mmap(fd, 0, 600*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(b)
+	pagemap, err := unix.Open("/proc/self/pagemap", unix.O_RDONLY, 0)
+	if err != nil {
+		t.Skipf("this kernel does not tell what is mapped: %v", err)
+	}
+	defer unix.Close(pagemap)
+	start := uintptr(unsafe.Pointer(&b[0]))
+	m, buf := mapping{start, start + uintptr(len(b))}, make([]byte, 96)
+	sum := byte(0)
+	for i := 0; i < len(b); i += page {
+		sum += b[i]
+	}
+	if mapped, private := scan(pagemap, m, buf); mapped != len(b) || private {
+		t.Errorf("only read (%d): %d bytes of %d mapped, private %t", sum, mapped, len(b), private)
+	}
+	b[599*page] = 1
+	if _, private := scan(pagemap, m, buf); !private {
+		t.Error("the last page was written to, which is not seen")
+	}
+	if _, private := scan(-1, m, buf); !private {
+		t.Error("unreadable, and said to hold nothing private")
+	}
+}
+
+func TestLook(t *testing.T) {
+	const ms = time.Millisecond
+	type step struct {
+		after  time.Duration // since the step before
+		faults int64         // in that time
+		cpu    time.Duration // in that time
+		due    bool
+		again  time.Duration
+	}
+	for name, steps := range map[string][]step{
+		"start-up over":       {{interval, 2000, 90 * ms, false, interval}, {interval, 3, ms, true, interval}, {interval, 0, ms, false, interval}},
+		"work now and then":   {{interval, 100, ms, true, interval}, {10 * time.Second, 100, ms, true, interval}},
+		"always busy":         {{interval, 100, busy + 1, false, interval}, {interval, 100, busy + 1, false, interval}},
+		"nothing new":         {{interval, 100, ms, true, interval}, {interval, 0, ms, false, interval}},
+		"no twice in a row":   {{interval, 100, ms, true, interval}, {settle, 100, ms, false, rest - settle}, {rest - settle, 0, 0, true, interval}},
+		"usage is not to get": {{interval, 0, 0, false, interval}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w, look, now := watch{pause: pause}, 0, int64(0)
-			var got []int
-			for _, s := range c.steps {
-				for range s.looks {
-					now += s.faults
-					if w.due(now) {
-						got = append(got, look)
-					}
-					look++
+			w, at, now := watch{}, time.Unix(1000, 0), usage{}
+			for i, s := range steps {
+				at, now = at.Add(s.after), usage{now.faults + s.faults, now.cpu + s.cpu}
+				again, due := w.look(at, now)
+				if again != s.again || due != s.due {
+					t.Fatalf("step %d: due %t, again in %v", i, due, again)
 				}
-			}
-			if d := cmp.Diff(c.want, got); d != "" {
-				t.Error(d)
+				if due {
+					w.gave(at, now)
+				}
 			}
 		})
 	}
@@ -82,8 +107,8 @@ func TestDue(t *testing.T) {
 var written = [4096]byte{1} // in the executable's writable data
 
 func TestTrim(t *testing.T) {
-	if faults() == 0 {
-		t.Error("no faults counted")
+	if use().faults == 0 || use().cpu == 0 {
+		t.Error("no faults or no time counted")
 	}
 	written[0] = 2
 	before := mapped(t)
@@ -119,4 +144,11 @@ func mapped(t *testing.T) (kib int) {
 		t.Fatal("nothing of the executable is mapped")
 	}
 	return kib
+}
+
+func BenchmarkTrim(b *testing.B) {
+	t := newTrimmer()
+	for b.Loop() {
+		t.trim()
+	}
 }
