@@ -38,12 +38,14 @@ type plugin struct {
 	crashes     []time.Time // the latest last
 	quarantined bool
 	files       files
-	group       *group // nil: not limited
-	killed      uint64 // for memory, when the process was launched
+	group       *group  // nil: not limited
+	limits      *limits // in force; nil: none yet
+	killed      uint64  // for memory, when the process was launched
 }
 
-// notes are what is wrong with files that are not in use.
-type notes struct{ executable, configuration string }
+// notes are what is wrong with files that are not in use, and with answers
+// that are not taken.
+type notes struct{ executable, configuration, info, list string }
 
 func newPlugin(h *Host, name, path string) *plugin {
 	return &plugin{host: h, name: name, path: path, wake: make(chan struct{}, 1), settle: func() {},
@@ -182,13 +184,15 @@ func (p *plugin) wait(ctx context.Context, d time.Duration) error {
 func (p *plugin) live(ctx context.Context) error {
 	process, err := p.launch(ctx)
 	if err != nil {
+		p.sweep(0)
 		return p.explainKill(err)
 	}
+	defer p.sweep(0)
 	defer process.Close(context.Background()) // bounded by Timing.Close
 	defer p.down()
 	p.up(ctx, process)
 	p.relimit(p.files.running, process.Info().Kinds)
-	if lacks := process.Missing(); lacks != nil {
+	if lacks := slices.Concat(process.Missing(), lacksOf(process.Info().Kinds)); lacks != nil {
 		p.update(func(s *Status) { s.Missing = append(slices.Clone(s.Missing), lacks...) })
 	}
 	defer p.followDevices(ctx)()
@@ -212,6 +216,7 @@ func (p *plugin) up(ctx context.Context, process *sdkhost.Plugin) {
 	}
 	p.found.heard, p.found.err = false, ""
 	p.mu.Unlock()
+	p.note(func(n *notes) { n.info, n.list = "", "" })
 	// Not for long: a runtime whose daemon hangs is up all the same.
 	p.askRuntime(ctx, runtime, min(2*time.Second, p.host.config.Timing.PingAnswer))
 	p.update(func(s *Status) {
@@ -239,6 +244,7 @@ func (p *plugin) askRuntime(ctx context.Context, r sdk.Runtime, timeout time.Dur
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	info, err := r.Info(ctx)
+	p.note(func(n *notes) { n.info = nonsense(err) })
 	if err != nil {
 		p.host.log.Debug("runtime does not say what it can do", "plugin", p.name, "err", err)
 		return false
@@ -320,6 +326,7 @@ func (p *plugin) update(f func(*Status)) {
 	p.mu.Lock()
 	before := p.st
 	f(&p.st)
+	p.st.Error = cut(p.st.Error)
 	same := reflect.DeepEqual(before, p.st)
 	p.mu.Unlock()
 	if !same {
@@ -335,12 +342,12 @@ func (p *plugin) status() Status {
 		return s
 	}
 	var wrong []string
-	for _, w := range []string{s.Error, p.found.err, p.notes.executable, p.notes.configuration} {
+	for _, w := range []string{s.Error, p.found.err, p.notes.executable, p.notes.configuration, p.notes.info, p.notes.list} {
 		if w != "" {
 			wrong = append(wrong, w)
 		}
 	}
-	s.Error = strings.Join(wrong, "; ")
+	s.Error = cut(strings.Join(wrong, "; "))
 	return s
 }
 

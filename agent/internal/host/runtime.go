@@ -2,10 +2,12 @@ package host
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
+	sdkhost "github.com/belay-edge/belay/plugins/sdk/host"
 )
 
 // runtime is an sdk.Runtime that goes to whatever process the plugin has now.
@@ -111,7 +113,19 @@ func (r runtime) List(ctx context.Context) (sdk.Inventory, error) {
 		return sdk.Inventory{}, err
 	}
 	defer done()
-	return rt.List(ctx)
+	inv, err := rt.List(ctx)
+	r.p.note(func(n *notes) { n.list = nonsense(err) })
+	return inv, err
+}
+
+// nonsense is why an answer is not taken that breaks the contract; "" for
+// other errors and none. The plugin is not relaunched for it: it runs, and
+// would only say it again.
+func nonsense(err error) string {
+	if !errors.Is(err, sdkhost.ErrNonsense) {
+		return ""
+	}
+	return "an answer of it is not taken: " + err.Error()
 }
 
 // Events implements sdk.Runtime. The stream ends with the process.

@@ -30,6 +30,7 @@ type process struct {
 	lifeline *os.File // closed with us: the plugin's stdin ends
 
 	exited chan struct{} // closed once err is set
+	swept  chan struct{} // closed once what it left is killed
 	err    error         // of Wait; nil for status 0
 
 	mu      sync.Mutex
@@ -93,8 +94,9 @@ func (p *process) Start(ctx context.Context) error {
 	}
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = in, out, err2
 	p.cmd.Env = append(p.cmd.Env, handshake.LifelineKey+"="+handshake.LifelineStdin)
-	// Its own process group: Ctrl-C in the agent's terminal is not for it.
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// Its own session: Ctrl-C in the agent's terminal is not for it, and what it
+	// leaves behind is known by it.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := p.start(ctx); err != nil {
 		p.closePipes()
 		return err
@@ -126,6 +128,8 @@ func (p *process) Start(ctx context.Context) error {
 		_ = p.stdout.SetReadDeadline(time.Now().Add(lingering))
 		_ = p.stderr.SetReadDeadline(time.Now().Add(lingering))
 		p.lifeline.Close()
+		endSession(p.cmd.Process.Pid)
+		close(p.swept)
 	}()
 	return nil
 }
@@ -167,7 +171,7 @@ func (p *process) Wait(context.Context) error {
 	return p.err
 }
 
-// Kill implements runner.Runner. Only the plugin: what it started lives on.
+// Kill implements runner.Runner.
 func (p *process) Kill(context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
