@@ -147,6 +147,8 @@ func pluginsCommand(t terminal) *cobra.Command {
 				for _, p := range plugins {
 					if p.LastError != "" {
 						fmt.Fprintf(t.out, "\n%s: %s\n", p.Name, p.LastError)
+					} else if p.LastDown != "" {
+						fmt.Fprintf(t.out, "\n%s: up again after: %s\n", p.Name, p.LastDown)
 					}
 					for _, m := range p.ProtectionsMissing {
 						fmt.Fprintf(t.out, "\n%s: protection missing: %s\n", p.Name, m)

@@ -126,6 +126,7 @@ type Status struct {
 	Protocol int        // version it speaks; 0 until it was up once
 	State    State
 	Error    string // why it is down, or what else is wrong with it
+	LastDown string // why it last went down by itself; "" when it has not
 	Restarts int    // launches after it went down by itself
 	SHA256   string // of the executable that was last launched, hex
 	PID      int    // 0 unless it runs

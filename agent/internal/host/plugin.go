@@ -102,7 +102,7 @@ func (p *plugin) run(ctx context.Context) {
 		}
 		p.swapped()
 		delay, state := p.judge(err, time.Since(begun), time.Now())
-		p.update(func(s *Status) { s.State, s.Error = state, err.Error() })
+		p.update(func(s *Status) { s.State, s.Error, s.LastDown = state, err.Error(), cut(err.Error()) })
 		p.settle()
 		log.Error("plugin is down", "err", err, "state", state, "next", delay.Round(time.Millisecond))
 		restarts++

@@ -128,13 +128,30 @@ func nonsense(err error) string {
 	return "an answer of it is not taken: " + err.Error()
 }
 
+// What a runtime may tell without waiting: more than any honest one does.
+const (
+	eventBurst = 500
+	eventRate  = 200 // a second, in the long run
+)
+
 // Events implements sdk.Runtime. The stream ends with the process.
 func (r runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
 	rt, err := r.now()
 	if err != nil {
 		return err
 	}
-	return rt.Events(ctx, f)
+	left, last := float64(eventBurst), time.Now()
+	return rt.Events(ctx, func(a sdk.Attempt) {
+		f(a)
+		now := time.Now()
+		left = min(eventBurst, left+now.Sub(last).Seconds()*eventRate) - 1
+		if last = now; left < 0 {
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second / eventRate):
+			}
+		}
+	})
 }
 
 // Stats implements sdk.Runtime.

@@ -67,7 +67,8 @@ type Plugin struct {
 	Version   string   `json:"version"`
 	Kinds     []string `json:"kinds"`
 	State     string   `json:"state"`
-	LastError string   `json:"lastError,omitempty"`
+	LastError string   `json:"lastError,omitempty"` // what is wrong now
+	LastDown  string   `json:"lastDown,omitempty"`  // why it last went down by itself
 	PID       int      `json:"pid,omitempty"`
 	Restarts  int      `json:"restarts"`
 	Path      string   `json:"path"`

@@ -105,6 +105,11 @@ func (p *Plugin) ExitReason() string {
 	if !p.hasExited() {
 		return ""
 	}
+	// The end is often seen before the last words, and those say why.
+	select {
+	case <-p.proc.heard:
+	case <-time.After(2 * lingering):
+	}
 	return p.exitStatus() + p.said()
 }
 

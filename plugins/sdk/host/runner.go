@@ -31,6 +31,7 @@ type process struct {
 
 	exited chan struct{} // closed once err is set
 	swept  chan struct{} // closed once what it left is killed
+	heard  chan struct{} // closed once stderr has been read to its end
 	err    error         // of Wait; nil for status 0
 
 	mu      sync.Mutex
@@ -215,7 +216,21 @@ func (p *process) Stderr() io.ReadCloser {
 	return struct {
 		io.Reader
 		io.Closer
-	}{ending{p.stderr}, p.stderr}
+	}{&told{Reader: ending{p.stderr}, end: sync.OnceFunc(func() { close(p.heard) })}, p.stderr}
+}
+
+// told calls end at the end of what is read.
+type told struct {
+	io.Reader
+	end func()
+}
+
+func (t *told) Read(b []byte) (int, error) {
+	n, err := t.Reader.Read(b)
+	if err != nil {
+		t.end()
+	}
+	return n, err
 }
 
 // ending makes any failure of a pipe its end: after the process there is
