@@ -52,6 +52,9 @@ func (g *group) kill(spare int) {
 
 // any is one of the group's directories: the same processes are in all.
 func (g *group) any() controller {
+	if g.units != nil {
+		return g.slice
+	}
 	for _, c := range g.limited() {
 		if c.at.dir != "" {
 			return *c.at

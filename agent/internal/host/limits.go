@@ -55,8 +55,10 @@ type controller struct {
 type group struct {
 	memory, cpu, pids controller // with units: in the slice, known once something is in it
 	units             *units     // nil: without systemd
+	slice             controller // where systemd keeps the processes; known once something is in it
 	lacks             []string   // what cannot be limited, and why
 	joined            error      // of the last process
+	unheeded          []string   // limits that systemd took and does not apply
 }
 
 // limited is what groups are made for.
@@ -69,8 +71,14 @@ type namedController struct {
 	at   *controller
 }
 
-// openGroup makes the cgroup of a plugin, version 1 or 2, below parent.
+// openGroup makes the cgroup of a plugin, version 1 or 2, below parent, or has
+// systemd make it.
 func openGroup(parent, name string) *group {
+	_, err := os.Stat("/run/systemd/system")
+	return makeGroup(parent, name, err == nil)
+}
+
+func makeGroup(parent, name string, systemd bool) *group {
 	g := &group{}
 	lack := func(why string) *group {
 		g.lacks = []string{"memory and cpu limits: " + why}
@@ -83,7 +91,7 @@ func openGroup(parent, name string) *group {
 	if err != nil {
 		return lack(err.Error())
 	}
-	if _, err := os.Stat("/run/systemd/system"); err == nil {
+	if systemd {
 		g.units = newUnits(parent, name)
 	}
 	for _, c := range g.limited() {
@@ -106,23 +114,13 @@ func openGroup(parent, name string) *group {
 
 // findController finds the mount of a cgroup controller in a mountinfo file.
 func findController(mountinfo, name string) (controller, bool) {
-	for line := range strings.Lines(mountinfo) {
-		before, after, ok := strings.Cut(line, " - ")
-		f, g := strings.Fields(before), strings.Fields(after)
-		if !ok || len(f) < 5 || len(g) < 3 {
-			continue
+	for _, m := range cgroupMounts(mountinfo) {
+		if slices.Contains(m.controllers, name) {
+			return controller{m.mount, false}, true
 		}
-		mount := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`).Replace(f[4])
-		switch g[0] {
-		case "cgroup2":
-			b, _ := os.ReadFile(filepath.Join(mount, "cgroup.controllers"))
-			if slices.Contains(strings.Fields(string(b)), name) {
-				return controller{mount, true}, true
-			}
-		case "cgroup":
-			if slices.Contains(strings.Split(g[2], ","), name) {
-				return controller{mount, false}, true
-			}
+		b, _ := os.ReadFile(filepath.Join(m.mount, "cgroup.controllers")) // version 2
+		if slices.Contains(m.controllers, "") && slices.Contains(strings.Fields(string(b)), name) {
+			return controller{m.mount, true}, true
 		}
 	}
 	return controller{}, false
@@ -206,6 +204,14 @@ func (g *group) join(pid int) error {
 		return g.joined
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	g.unheeded, g.slice = nil, controller{}
+	for _, m := range cgroupMounts(string(mounts)) {
+		for _, c := range m.controllers {
+			if c == "" && paths[c] != "" || c == "name=systemd" && paths[c] != "" {
+				g.slice = controller{filepath.Join(m.mount, paths[c]), c == ""}
+			}
+		}
+	}
 	for _, c := range g.limited() {
 		*c.at = controller{}
 		at, ok := findController(string(mounts), c.name)
@@ -213,7 +219,11 @@ func (g *group) join(pid int) error {
 		if at.v2 {
 			path = paths[""]
 		}
-		if ok && path != "" {
+		switch {
+		case !ok: // known from the start
+		case path == "":
+			g.unheeded = append(g.unheeded, c.name+" limit: systemd has set it and does not apply it: it has no "+c.name+" controller to itself")
+		default:
 			*c.at = controller{filepath.Join(at.dir, path), at.v2}
 		}
 	}
@@ -250,7 +260,7 @@ func (g *group) kills() (n uint64, sure bool) {
 // it is in unless other plugins are.
 func (g *group) remove() {
 	if g.units != nil {
-		if len(g.processes()) == 0 { // stopping it would kill them
+		if g.slice.dir != "" && len(g.processes()) == 0 { // stopping it would kill them
 			_ = g.units.stop()
 		}
 		return
@@ -298,7 +308,7 @@ func (p *plugin) relimit(s Settings, kinds []sdk.Kind) {
 	if p.limits == nil || p.limits.memory != memory || p.limits.cpu != cpu {
 		p.limits = &limits{memory, cpu, p.group.limit(memory, cpu)}
 	}
-	lacks := slices.Clone(p.group.lacks)
+	lacks := slices.Concat(p.group.lacks, p.group.unheeded)
 	if err := errors.Join(p.limits.failed, p.group.joined); err != nil {
 		lacks = append(lacks, "limits: "+err.Error())
 	}
