@@ -65,7 +65,7 @@ test-systemd: ## the process plugin and plugins' limits with a real systemd: the
 test-faults: build ## faults of plugins that take minutes to see
 	BELAY_BIN=$(abspath $(BIN)) BELAY_TEST_FAULTS=1 go test -count=1 -timeout 15m -run '^TestTenThousandChangesAMinute$$' -v ./hw-tests/blackbox
 
-test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, process, units)
+test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, host, process, units)
 	@hw-tests/vm/run.sh $(VM)
 
 # Unit tests of what reads hardware, golden inventories by the test binaries and

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -196,7 +197,7 @@ func (f fixture) start(t *testing.T) (stop func()) {
 // wait waits until the status of a plugin pleases ok.
 func (f fixture) wait(t *testing.T, name string, ok func(Status) bool) Status {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(patience())
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -215,6 +216,13 @@ func (f fixture) wait(t *testing.T, name string, ok func(Status) bool) Status {
 		case <-tick.C:
 		}
 	}
+}
+
+// patience is how long anything that should happen may take: longer where the
+// machine is an emulated one.
+func patience() time.Duration {
+	n, _ := strconv.Atoi(os.Getenv(sdktest.SlowEnv))
+	return 20 * time.Second * time.Duration(max(n, 1))
 }
 
 func is(state State) func(Status) bool { return func(s Status) bool { return s.State == state } }

@@ -129,7 +129,7 @@ func TestGroup(t *testing.T) {
 
 func until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(patience())
 	for !ok() {
 		select {
 		case <-deadline:
