@@ -364,3 +364,94 @@ func rss(t testing.TB, pid int) int {
 	t.Fatal("no VmRSS")
 	return 0
 }
+
+// What tasks take is theirs: it neither counts against their plugin's limit
+// nor ends with the plugin, and what keeps them is not in the plugin's group.
+func TestTasksDoNotCountAsTheirPlugin(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("limits take root")
+	}
+	s := &site{Control: newControl(t), runtime: "process", dir: tempDir(t)}
+	s.cli = s.Control.CLI()
+	s.agent = newDevice(t, s.cli, s.dir, func(a *rig.Agent) {
+		a.Config = filepath.Join(s.dir, "agent.toml")
+		if err := os.WriteFile(a.Config, []byte("[plugins.process.belay]\nmemory_max = \"40MiB\"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	})
+	ids, err := s.cli.Connected(deadline(t, patience), cluster, 1, "process")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.instance = ids[0]
+	t.Cleanup(func() { s.sweep(t) })
+	p := s.plugin(t, "process", "ready", patience, func(p plugged) bool { return ready(p) && p.MemoryMaxBytes > 0 })
+	if len(p.ProtectionsMissing) > 0 {
+		t.Skipf("no limits here: %q", p.ProtectionsMissing)
+	}
+	held := filepath.Join(s.dir, "held")
+	task := s.run(t, "large", container{"name": "c", "script": `awk 'BEGIN{s="0123456789abcdef"; while(length(s)<6e7) s=s s; system("touch ` + held + `; exec sleep 1000"); print length(s)}'`})
+	if err := rig.Until(deadline(t, patience), nil, "the task to hold memory", func() error { _, err := os.Stat(held); return err }); err != nil {
+		t.Fatal(err)
+	}
+	pid := task.Container("c").PID
+	if kib := rss(t, pid) + childrenRSS(t, pid); kib < 50<<10 {
+		t.Errorf("the task holds %d KiB, too little to show anything", kib)
+	}
+	theirs, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	groups := map[string]bool{}
+	for line := range strings.Lines(string(theirs)) {
+		if strings.Contains(line, "/plugins") || strings.Contains(line, ".scope") {
+			groups[line] = true
+		}
+	}
+	if len(groups) == 0 {
+		t.Fatalf("the plugin is in no group of its own:\n%s", theirs)
+	}
+	for what, pid := range map[string]int{"the program": pid, "what keeps it": parentOf(t, pid)} {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if groups[line] {
+				t.Errorf("%s is in the plugin's group %s", what, line)
+			}
+		}
+	}
+	if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	again := s.plugin(t, "process", "up again", patience, func(now plugged) bool { return ready(now) && now.PID != p.PID })
+	if again.Restarts != 1 || strings.Contains(again.LastDown, "out of memory") {
+		t.Errorf("it is %+v", again)
+	}
+	if now := s.await(t, task.ID, "the task to run", patience, running).Container("c"); now.PID != pid || now.Attempt != 1 || !alive(pid) {
+		t.Errorf("the task is %+v, was %d", now, pid)
+	}
+}
+
+func parentOf(t *testing.T, pid int) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent, _ := strconv.Atoi(strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))[1])
+	return parent
+}
+
+// childrenRSS is what a process's children have in memory, in KiB.
+func childrenRSS(t *testing.T, pid int) (sum int) {
+	t.Helper()
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid))
+	for _, word := range strings.Fields(string(b)) {
+		if child, err := strconv.Atoi(word); err == nil {
+			sum += rss(t, child) + childrenRSS(t, child)
+		}
+	}
+	return sum
+}
