@@ -278,6 +278,9 @@ func (d *device) Tasks() ([]localapi.Task, error) {
 				Name: c.GetName(), LastStatus: c.GetLastStatus(), Attempt: int(c.GetAttempt()), Reason: c.GetReason(),
 				RuntimeID: c.GetRuntimeId(), PID: int(c.GetPid()), Image: c.GetImage(), Digest: c.GetImageDigest(), Health: c.GetHealth(),
 			}
+			for _, d := range c.GetDevices() {
+				one.Devices = append(one.Devices, d.GetPlugin()+"/"+d.GetId())
+			}
 			if c.ExitCode != nil {
 				code := int(c.GetExitCode())
 				one.ExitCode = &code

@@ -59,6 +59,8 @@ type Container struct {
 	Image      string `json:"image,omitempty"`
 	Digest     string `json:"imageDigest,omitempty"`
 	Health     string `json:"health,omitempty"`
+	// Devices it was given, for good until it is gone: "PLUGIN/ID".
+	Devices []string `json:"devices,omitempty"`
 }
 
 // Plugin is one plugin of the device.
