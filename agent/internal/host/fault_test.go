@@ -183,3 +183,24 @@ func TestEitherKindRecovers(t *testing.T) {
 		}
 	}
 }
+
+// Out of quarantine a plugin comes by itself, and it is not watched more
+// closely for ever.
+func TestQuarantineEndsByItself(t *testing.T) {
+	f := newFixture(t, Timing{MinBackoff: time.Millisecond, Quarantine: 100 * time.Millisecond, Window: 3 * time.Second}, nil, "heals", "good")
+	f.start(t)
+	s := f.wait(t, "heals", func(s Status) bool { return s.State == Quarantined && s.Restarts > 7 })
+	if !strings.Contains(s.Error, "exit status 6") {
+		t.Errorf("it is %+v", s)
+	}
+	if err := os.WriteFile(filepath.Join(f.state, "heals", "well"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s = f.wait(t, "heals", func(s Status) bool { return s.State == Ready && s.Error == "" })
+	if !strings.Contains(s.LastDown, "exit status 6") {
+		t.Errorf("it does not say why it was down: %+v", s)
+	}
+	if g := f.wait(t, "good", is(Ready)); g.Restarts != 0 {
+		t.Errorf("the other plugin was disturbed: %+v", g)
+	}
+}

@@ -3,8 +3,9 @@
 // gives the agent runtimes by name that survive all of this.
 //
 // Every plugin has a goroutine of its own, so that a bad one cannot hold up
-// another. What a plugin started is not its host's business: a runtime's
-// containers outlive every process here.
+// another. What a plugin leaves in its session ends with it; what a runtime
+// started for tasks is in sessions and groups of its own and outlives every
+// process here.
 package host
 
 import (
@@ -38,7 +39,8 @@ type Config struct {
 	// cannot be used; nil: no plugin has any.
 	Settings func(name string) (Settings, error)
 	// LimitGroup is the cgroup, a path below the mount, in which plugins get
-	// one each with their limits; "": they are not limited.
+	// one each with their limits; under systemd, the slice, with slashes for
+	// dashes. "": they are not limited.
 	LimitGroup string
 	// Stage is the program, with its first arguments, that calls Stage: plugins
 	// that are only detectors are run through it. Nil: they are not confined.

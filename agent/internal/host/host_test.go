@@ -80,6 +80,13 @@ func pretend(name string) {
 			time.AfterFunc(20*time.Millisecond, func() { os.Exit(4) })
 			return nil
 		}
+	case name == "heals":
+		p.OnConfigure = func(c sdk.Config) error {
+			if _, err := os.Stat(filepath.Join(c.StateDir, "well")); err != nil {
+				time.AfterFunc(10*time.Millisecond, func() { os.Exit(6) })
+			}
+			return nil
+		}
 	case name == "version99":
 		fmt.Println("1|99|unix|/nowhere|grpc|")
 		hang()
