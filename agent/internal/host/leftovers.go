@@ -156,7 +156,7 @@ func unescapeMount(s string) string {
 
 // lacksOf says what this device cannot give to any plugin of these kinds.
 func lacksOf(kinds []sdk.Kind) (lacks []string) {
-	if why := noPidfd(); why != "" {
+	if why := noPidfd(unix.PidfdOpen); why != "" {
 		lacks = append(lacks, why)
 	}
 	if slices.Contains(kinds, sdk.KindRuntime) {
@@ -171,8 +171,8 @@ func lacksOf(kinds []sdk.Kind) (lacks []string) {
 }
 
 // noPidfd says why a plugin's process can only be told by its number.
-func noPidfd() string {
-	fd, err := unix.PidfdOpen(os.Getpid(), 0)
+func noPidfd(open func(pid, flags int) (int, error)) string {
+	fd, err := open(os.Getpid(), 0)
 	if err == nil {
 		_ = unix.Close(fd)
 		return ""

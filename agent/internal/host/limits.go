@@ -286,7 +286,10 @@ func (p *plugin) fence(s Settings) *group {
 	if p.group == nil || p.group.units == nil && (p.group.memory.dir == "" || p.group.cpu.dir == "") {
 		p.group = openGroup(p.host.config.LimitGroup, p.name)
 	}
-	p.limits = nil
+	// A slice keeps its limits, and systemd takes its time to answer.
+	if _, err := os.Stat(p.group.slice.dir); p.group.units == nil || err != nil {
+		p.limits = nil
+	}
 	p.relimit(s, p.status().Kinds)
 	p.killed, _ = p.group.kills()
 	return p.group
@@ -305,7 +308,7 @@ func (p *plugin) relimit(s Settings, kinds []sdk.Kind) {
 		return
 	}
 	memory, cpu := limitsFor(s, kinds)
-	if p.limits == nil || p.limits.memory != memory || p.limits.cpu != cpu {
+	if p.limits == nil || p.limits.failed != nil || p.limits.memory != memory || p.limits.cpu != cpu {
 		p.limits = &limits{memory, cpu, p.group.limit(memory, cpu)}
 	}
 	lacks := slices.Concat(p.group.lacks, p.group.unheeded)

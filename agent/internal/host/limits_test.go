@@ -174,3 +174,17 @@ broken
 		t.Errorf("hugetlb is at %+v", c)
 	}
 }
+
+func TestMissingPidfdIsReported(t *testing.T) {
+	if why := noPidfd(func(int, int) (int, error) { return -1, syscall.ENOSYS }); !strings.Contains(why, "pidfd") || !strings.Contains(why, "function not implemented on Linux ") {
+		t.Errorf("before Linux 5.3 it says %q", why)
+	}
+	var fd [2]int
+	if err := syscall.Pipe(fd[:]); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd[1])
+	if why := noPidfd(func(int, int) (int, error) { return fd[0], nil }); why != "" {
+		t.Errorf("where there are, it says %q", why)
+	}
+}

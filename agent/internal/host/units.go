@@ -71,6 +71,7 @@ func (u *units) limit(memory uint64, cpu int) error {
 	if first == nil {
 		return nil
 	}
+	// There is one, of before or of an agent before.
 	if err := u.ask(ctx, "SetUnitProperties", "sba(sv)", append([]string{u.slice, "true"}, p...)...); err != nil {
 		return errors.Join(first, err)
 	}
