@@ -193,7 +193,7 @@ func (f fixture) start(t *testing.T) (stop func()) {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience()):
 			t.Error("Run did not end")
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
+	sdkhost "github.com/belay-edge/belay/plugins/sdk/host"
 )
 
 // What a plugin may use when its configuration does not say.
@@ -290,6 +291,7 @@ func (p *plugin) fence(s Settings) *group {
 	if _, err := os.Stat(p.group.slice.dir); p.group.units == nil || err != nil {
 		p.limits = nil
 	}
+	p.lacks = nil
 	p.relimit(s, p.status().Kinds)
 	p.killed, _ = p.group.kills()
 	return p.group
@@ -305,6 +307,7 @@ type limits struct {
 // relimit sets the limits for what the plugin has turned out to be.
 func (p *plugin) relimit(s Settings, kinds []sdk.Kind) {
 	if p.group == nil {
+		p.update(func(st *Status) { st.Missing = p.lacks })
 		return
 	}
 	memory, cpu := limitsFor(s, kinds)
@@ -315,7 +318,22 @@ func (p *plugin) relimit(s Settings, kinds []sdk.Kind) {
 	if err := errors.Join(p.limits.failed, p.group.joined); err != nil {
 		lacks = append(lacks, "limits: "+err.Error())
 	}
+	lacks = append(lacks, p.lacks...)
 	p.update(func(st *Status) { st.MemoryMax, st.CPUMax, st.Missing = memory, cpu, lacks })
+}
+
+// limitAgain repeats what systemd had no time for when the process was
+// launched, as in the rush of a boot.
+func (p *plugin) limitAgain(process *sdkhost.Plugin) {
+	if p.group == nil || p.group.joined == nil && (p.limits == nil || p.limits.failed == nil) {
+		return
+	}
+	_ = p.group.join(process.PID()) // the status says why not
+	p.killed, _ = p.group.kills()
+	p.relimit(p.files.running, process.Info().Kinds)
+	if p.group.joined == nil && p.limits.failed == nil {
+		p.host.log.Info("the plugin's limits hold now", "plugin", p.name)
+	}
 }
 
 // explainKill tells a process that the kernel killed for its memory limit from

@@ -40,6 +40,7 @@ type plugin struct {
 	files       files
 	group       *group  // nil: not limited
 	limits      *limits // in force; nil: none yet
+	lacks       []string
 	killed      uint64  // for memory, when the process was launched
 }
 
@@ -191,10 +192,8 @@ func (p *plugin) live(ctx context.Context) error {
 	defer process.Close(context.Background()) // bounded by Timing.Close
 	defer p.down()
 	p.up(ctx, process)
+	p.lacks = slices.Concat(process.Missing(), lacksOf(process.Info().Kinds))
 	p.relimit(p.files.running, process.Info().Kinds)
-	if lacks := slices.Concat(process.Missing(), lacksOf(process.Info().Kinds)); lacks != nil {
-		p.update(func(s *Status) { s.Missing = append(slices.Clone(s.Missing), lacks...) })
-	}
 	defer p.followDevices(ctx)()
 	err = p.watch(ctx, process)
 	if errors.As(err, new(replaced)) || errors.Is(err, errGone) {
@@ -289,6 +288,7 @@ func (p *plugin) watch(ctx context.Context, process *sdkhost.Plugin) error {
 			}
 			continue
 		}
+		p.limitAgain(process)
 		pctx, cancel := context.WithTimeout(ctx, t.PingAnswer)
 		err := process.Ping(pctx)
 		cancel()

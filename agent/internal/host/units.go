@@ -26,7 +26,7 @@ type units struct {
 
 // unitPatience bounds a question to systemd, and how long a process may take
 // to be in its scope.
-const unitPatience = 5 * time.Second
+const unitPatience = 8 * time.Second
 
 func newUnits(parent, name string) *units {
 	var parts []string
@@ -89,7 +89,7 @@ func (u *units) join(pid int) (map[string]string, error) {
 		"Description", "s", "Belay plugin, process "+strconv.Itoa(pid),
 		// One that ended badly is not kept for people to look at: the agent
 		// tells them.
-		"CollectMode", "s", "inactive-or-failed", "0"); err != nil {
+		"CollectMode", "s", "inactive-or-failed", "0"); err != nil && !errors.Is(err, errUnitExists) {
 		return nil, err
 	}
 	// The answer comes before the process has moved.
@@ -125,6 +125,9 @@ func (u *units) stop() error {
 	return u.ask(ctx, "StopUnit", "ss", u.slice, "replace")
 }
 
+// errUnitExists: an earlier question, whose answer was not waited for, made it.
+var errUnitExists = errors.New("there is such a unit")
+
 // askSystemd calls a method of systemd's manager.
 func askSystemd(ctx context.Context, method, signature string, args ...string) error {
 	const bus = "org.freedesktop.systemd1"
@@ -136,6 +139,8 @@ func askSystemd(ctx context.Context, method, signature string, args ...string) e
 		return errors.New("there is no busctl to ask systemd with: it comes with systemd")
 	case ctx.Err() != nil:
 		return fmt.Errorf("systemd does not answer: %w", ctx.Err())
+	case err != nil && strings.Contains(string(out), "already"):
+		return fmt.Errorf("%w: %s", errUnitExists, strings.TrimSpace(string(out)))
 	case err != nil:
 		return fmt.Errorf("ask systemd to %s %s: %w: %s", method, args[0], err, strings.TrimSpace(string(out)))
 	}
