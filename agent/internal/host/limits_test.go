@@ -1,6 +1,8 @@
 package host
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -187,4 +189,42 @@ func TestMissingPidfdIsReported(t *testing.T) {
 	if why := noPidfd(func(int, int) (int, error) { return fd[0], nil }); why != "" {
 		t.Errorf("where there are, it says %q", why)
 	}
+}
+
+// What systemd is asked, in the order of its answers.
+func TestQuestionsToSystemd(t *testing.T) {
+	var asked []string
+	answers := map[string]error{}
+	u := newUnits("belay/plugins", "some")
+	u.ask = func(_ context.Context, method, signature string, args ...string) error {
+		asked = append(asked, method+" "+signature+" "+strings.Join(args, " "))
+		return answers[method]
+	}
+	const rest = "MemoryAccounting b true CPUAccounting b true TasksAccounting b true MemoryMax t %s MemorySwapMax t %s CPUQuotaPerSecUSec t %s TasksMax t 1024"
+	check := func(what string, err error, wantErr string, want ...string) {
+		t.Helper()
+		if d := cmp.Diff(want, asked); d != "" {
+			t.Errorf("%s (-want +got):\n%s", what, d)
+		}
+		if wantErr == "" && err != nil || wantErr != "" && (err == nil || !strings.Contains(err.Error(), wantErr)) {
+			t.Errorf("%s: %v, want %q", what, err, wantErr)
+		}
+		asked = nil
+	}
+	limited := fmt.Sprintf(rest, "1000", "0", "500000")
+	start := "StartTransientUnit ssa(sv)a(sa(sv)) belay-plugins-some.slice fail 7 " + limited + " 0"
+	set := "SetUnitProperties sba(sv) belay-plugins-some.slice true 7 " + limited
+	check("a slice that is new", u.limit(1000, 50), "", start)
+	answers["StartTransientUnit"] = errUnitExists
+	check("one that is there", u.limit(1000, 50), "", start, set)
+	answers["SetUnitProperties"] = errors.New("no")
+	check("none to be had", u.limit(1000, 50), "no", start, set)
+	answers = map[string]error{}
+	check("no limits", u.limit(0, 0), "", "StartTransientUnit ssa(sv)a(sa(sv)) belay-plugins-some.slice fail 7 "+fmt.Sprintf(rest, unlimited, unlimited, unlimited)+" 0")
+	answers["StartTransientUnit"] = errors.New("the bus is away")
+	_, err := u.join(4711)
+	check("no scope to be had", err, "the bus is away",
+		"StartTransientUnit ssa(sv)a(sa(sv)) belay-plugins-some-4711.scope fail 4 PIDs au 1 4711 Slice s belay-plugins-some.slice Description s Belay plugin, process 4711 CollectMode s inactive-or-failed 0")
+	answers = map[string]error{}
+	check("the end", u.stop(), "", "StopUnit ss belay-plugins-some.slice replace")
 }

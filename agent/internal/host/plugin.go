@@ -41,7 +41,7 @@ type plugin struct {
 	group       *group  // nil: not limited
 	limits      *limits // in force; nil: none yet
 	lacks       []string
-	killed      uint64  // for memory, when the process was launched
+	killed      uint64 // for memory, when the process was launched
 }
 
 // notes are what is wrong with files that are not in use, and with answers
