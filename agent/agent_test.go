@@ -277,7 +277,9 @@ func TestHealthCheckKeepsItsIntervalAndRestartsAServiceInPlace(t *testing.T) {
 func TestUnhealthyStandaloneTaskIsOnlyReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBubble(t, 0.5)
-		b.runtime.exec = func() (sdk.ExecResult, error) { return sdk.ExecResult{ExitCode: 1}, nil }
+		b.runtime.exec = func() (sdk.ExecResult, error) {
+			return sdk.ExecResult{ExitCode: 1, Output: []byte("trying\nno answer\x1b on 8080\n\n")}, nil
+		}
 		main := essential("main")
 		main.HealthCheck = &wire.HealthCheck{Command: []string{"CMD", "false"}}
 		b.assign(running(&wire.TaskSpec{Containers: []*wire.Container{main}}))
@@ -288,6 +290,9 @@ func TestUnhealthyStandaloneTaskIsOnlyReported(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		if st := b.last(); st.GetHealth() != HealthUnhealthy || st.GetLastStatus() != Running || st.GetContainers()[0].GetAttempt() != 1 {
 			t.Errorf("after three failures: %v", st)
+		}
+		if note, want := b.last().GetNote(), "main: its health check failed: it ended with 1: no answer  on 8080"; note != want {
+			t.Errorf("note %q, want %q", note, want)
 		}
 	})
 }

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -447,16 +449,34 @@ func (c *Container) probed(r result, now time.Duration) {
 	ok := r.err == nil && r.exec.ExitCode == 0
 	switch {
 	case ok:
-		c.health.status, c.health.fails = HealthHealthy, 0
+		c.health.status, c.health.fails, c.health.why = HealthHealthy, 0, ""
 	case r.err != nil && sdk.KindOf(r.err) != sdk.Deadline:
 		// The check did not run: it says nothing about the container.
 	case now < c.StartedAt+seconds(check.GetStartPeriodS(), 0) && c.health.status != HealthHealthy:
 	default:
 		c.health.fails++
-		if c.health.fails >= int(max(1, orElse(check.GetRetries(), 3))) {
-			c.health.status = HealthUnhealthy
+		if c.health.fails >= int(max(1, orElse(check.GetRetries(), 3))) && c.health.status != HealthUnhealthy {
+			c.health.status, c.health.why = HealthUnhealthy, sickness(r)
 		}
 	}
+}
+
+// sickness is what a failed health check said, in one short line.
+func sickness(r result) string {
+	if r.err != nil {
+		return r.err.Error()
+	}
+	text := strings.Map(func(c rune) rune {
+		if c != '\n' && !unicode.IsPrint(c) {
+			return ' '
+		}
+		return c
+	}, strings.TrimSpace(string(r.exec.Output)))
+	last := []rune(strings.TrimSpace(text[strings.LastIndexByte(text, '\n')+1:]))
+	if len(last) == 0 {
+		return fmt.Sprintf("it ended with %d and said nothing", r.exec.ExitCode)
+	}
+	return fmt.Sprintf("it ended with %d: %s", r.exec.ExitCode, string(last[:min(len(last), 200)]))
 }
 
 func orElse(v, fallback uint32) uint32 {

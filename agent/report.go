@@ -222,6 +222,8 @@ func (c *Container) note(t *Task) string {
 				return fmt.Sprintf("waiting for %s to be %s", d.GetContainer(), d.GetCondition())
 			}
 		}
+	case c.Phase == phaseRunning && c.health.why != "":
+		return "its health check failed: " + c.health.why
 	case c.Phase == phaseExited && t.again(c):
 		return "exited, will be started again"
 	}

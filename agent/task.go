@@ -112,6 +112,7 @@ type Container struct {
 // probe is a container's health check.
 type probe struct {
 	status string
+	why    string // of the check that made it unhealthy: later ones may differ each time
 	fails  int
 	next   time.Duration
 	busy   bool

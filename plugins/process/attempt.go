@@ -123,7 +123,12 @@ func (a *attempt) forget() error {
 	if err := os.Remove(filepath.Join(a.dir, record.MetaFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := os.RemoveAll(a.dir); err != nil {
+	// Somebody may still be writing down how it ended, the next moment not.
+	err := os.RemoveAll(a.dir)
+	for n := 0; n < 5 && errors.Is(err, syscall.ENOTEMPTY); n++ {
+		err = os.RemoveAll(a.dir)
+	}
+	if err != nil {
 		return err
 	}
 	_ = os.Remove(filepath.Dir(a.dir)) // the container's, when this was its last

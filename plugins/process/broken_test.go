@@ -54,6 +54,7 @@ var brokenRuntimes = map[string]string{
 	"rt-cuts-lines":           "output is appended whole",
 	"rt-no-fifo":              "output goes to FIFOs",
 	"rt-no-working-dir":       "environment, working directory and user",
+	"rt-drops-edits":          "what devices give is there, or is refused",
 	"rt-waits-for-children":   "a left-behind child does not hide the exit",
 	"rt-leaves-children":      "what a container started ends with it",
 	"rt-one-start":            "attempts run beside each other",
@@ -102,7 +103,7 @@ func pretend(mode string) {
 		stopped: map[sdk.Attempt]bool{}, prepared: map[string]bool{}, ports: map[sdk.Attempt][]sdk.PortMapping{}}}
 	own := map[string]bool{"rt-serves-anyone": true, "rt-does-not-end": true, "rt-outlives-its-host": true}
 	if byHand := os.Getenv("BELAY_PLUGIN") == ""; byHand && mode == "rt-serves-anyone" {
-		select {} // on and on
+		onAndOn()
 	} else if byHand || !own[mode] {
 		serve.Main(plugin)
 	}
@@ -120,7 +121,7 @@ func pretend(mode string) {
 	_ = serve.Run(context.Background(), plugin, serve.Options{Dir: os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), HostVersions: "2"})
 	asked.Store(true)
 	if mode == "rt-does-not-end" {
-		select {}
+		onAndOn()
 	}
 }
 
@@ -235,6 +236,8 @@ func (f *flawed) Start(ctx context.Context, r sdk.StartRequest) (sdk.Container, 
 		if st, err := os.Stat(r.Stdout); err == nil && st.Mode()&os.ModeNamedPipe != 0 {
 			r.Stdout, r.Stderr = "/dev/null", "/dev/null"
 		}
+	case "rt-drops-edits":
+		r.Spec.Devices, r.Spec.DeviceRules, r.Spec.AdditionalGIDs, r.Spec.Hooks, r.Spec.CDIDevices = nil, nil, nil, nil, nil
 	case "rt-no-working-dir":
 		r.Spec.WorkingDir = ""
 	case "rt-leaves-children":
@@ -434,4 +437,12 @@ func (f *flawed) Exec(ctx context.Context, r sdk.ExecRequest) (sdk.ExecResult, e
 		res.Output = res.Output[:limit]
 	}
 	return res, err
+}
+
+// onAndOn never returns. A plain select{} would end a program without cgo, which
+// notices that nothing can happen any more.
+func onAndOn() {
+	for {
+		<-time.After(time.Hour)
+	}
 }

@@ -20,6 +20,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/belay-edge/belay/plugins/process/internal/record"
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -116,6 +118,8 @@ func (r *Runtime) configure(ctx context.Context, c sdk.Config) error {
 		return sdk.Errorf(sdk.Internal, op, "%w", err)
 	}
 	r.cgroups = findCgroups(o.CgroupParent, r.tag)
+	// What this process starts inherits it, see belay-supervise's smallPages.
+	_ = unix.Prctl(unix.PR_SET_THP_DISABLE, 1, 0, 0, 0)
 	r.own = &ownSupervisor{path: r.stagePath, cgroups: r.cgroups, boot: r.boot}
 	if err := r.chooseMode(ctx, o.SupervisorMode); err != nil {
 		return err

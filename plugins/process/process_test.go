@@ -522,6 +522,30 @@ func TestSupervisorMemory(t *testing.T) {
 	}
 }
 
+// TestHugePagesAreTheProgramsOwnBusiness: a supervisor keeps out of them, its
+// program and a command in it have what everybody has.
+func TestHugePagesAreTheProgramsOwnBusiness(t *testing.T) {
+	const field = "THP_enabled:"
+	bothModes(t, func(r *rig) {
+		if b, _ := os.ReadFile("/proc/self/status"); !strings.Contains(string(b), field) {
+			r.Skip("this kernel does not tell: it is older than 5.0")
+		}
+		req := r.request("main", "grep "+field+" /proc/self/status; exec sleep 600")
+		c := r.start(req)
+		supervisor, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", supervisorOf(r.T, c.PID)))
+		if r.mode == process.ModeOwn && (err != nil || !strings.Contains(string(supervisor), field+"\t0")) {
+			r.Errorf("the supervisor's huge pages are not off, %v", err)
+		}
+		res, err := r.Exec(r.Context(), sdk.ExecRequest{Attempt: req.Attempt, Command: []string{"/bin/grep", field, "/proc/self/status"}, Timeout: 10 * time.Second})
+		if err != nil || string(res.Output) != field+"\t1\n" {
+			r.Errorf("a command in it sees %q, %v", res.Output, err)
+		}
+		if out, err := os.ReadFile(req.Stdout); err != nil || string(out) != field+"\t1\n" {
+			r.Errorf("the program sees %q, %v", out, err)
+		}
+	})
+}
+
 func kilobytes(smaps, key string) int {
 	for line := range strings.Lines(smaps) {
 		if f := strings.Fields(line); len(f) == 3 && f[0] == key {

@@ -138,11 +138,9 @@ func defaultOf(t OptionType, tag string) json.RawMessage {
 // CheckConfig says everything that is wrong with a configuration, in one error
 // of kind Invalid.
 func CheckConfig(options []Option, config json.RawMessage) error {
-	table := map[string]json.RawMessage{}
-	if len(config) > 0 {
-		if err := json.Unmarshal(config, &table); err != nil {
-			return Errorf(Invalid, "read the configuration", "it is no table: %w", err)
-		}
+	table, err := tableOf(config)
+	if err != nil {
+		return err
 	}
 	var wrong, known []string
 	for _, o := range options {
@@ -180,11 +178,9 @@ func DecodeConfig(c Config, into any) error {
 	if err := CheckConfig(options, c.JSON); err != nil {
 		return err
 	}
-	table := map[string]json.RawMessage{}
-	if len(c.JSON) > 0 {
-		if err := json.Unmarshal(c.JSON, &table); err != nil {
-			return Errorf(Invalid, "read the configuration", "%w", err)
-		}
+	table, err := tableOf(c.JSON)
+	if err != nil {
+		return err
 	}
 	for _, o := range options {
 		if _, given := table[o.Name]; !given && o.Default != nil {
@@ -205,6 +201,20 @@ func DecodeConfig(c Config, into any) error {
 		return Errorf(Invalid, "read the configuration", "%w", err)
 	}
 	return nil
+}
+
+// tableOf reads a configuration; no text and JSON's null are an empty one.
+func tableOf(config json.RawMessage) (map[string]json.RawMessage, error) {
+	var table map[string]json.RawMessage
+	if len(config) > 0 {
+		if err := json.Unmarshal(config, &table); err != nil {
+			return nil, Errorf(Invalid, "read the configuration", "it is no table: %w", err)
+		}
+	}
+	if table == nil {
+		table = map[string]json.RawMessage{}
+	}
+	return table, nil
 }
 
 // check says what is wrong with a value.

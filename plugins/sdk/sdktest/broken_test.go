@@ -93,7 +93,7 @@ func pretend(mode string) {
 		ctx, cancel := context.WithCancel(context.Background())
 		go func() { _, _ = io.Copy(io.Discard, os.Stdin); <-time.After(time.Second); cancel() }()
 		if os.Getenv(handshake.CookieKey) == "" {
-			select {} // by hand: it goes on and on
+			onAndOn()
 		}
 		_ = serve.Run(ctx, p, serve.Options{Dir: os.Getenv(handshake.SocketDirKey), HostVersions: "2", Announce: announced})
 	case "outlives-its-host":
@@ -115,7 +115,7 @@ func pretend(mode string) {
 		}()
 		_ = serve.Run(context.Background(), p, serve.Options{Dir: os.Getenv(handshake.SocketDirKey), HostVersions: "2"})
 		asked.Store(true)
-		select {}
+		onAndOn()
 	case "hasty", "no-health":
 		if os.Getenv(handshake.CookieKey) == "" {
 			serve.Main(p)
@@ -377,4 +377,12 @@ func (b *bare) Stats(ctx context.Context, r *pluginv2.DeviceStatsRequest) (*plug
 	}
 	s, err := b.plugin.Stats(ctx, r.GetIds())
 	return bridge.ToDeviceStats(s), bridge.ToStatus(err)
+}
+
+// onAndOn never returns. A plain select{} would end a program without cgo, which
+// notices that nothing can happen any more.
+func onAndOn() {
+	for {
+		<-time.After(time.Hour)
+	}
 }

@@ -39,7 +39,7 @@ type CheckOptions struct {
 	Config json.RawMessage
 	// Image with a shell, for runtimes that have images.
 	Image string
-	// HangUp is how often a runtime is killed at random moments of Start; 0: 10.
+	// HangUp is how often a runtime is killed at moments all over Start; 0: 10.
 	HangUp int
 	// Slow stretches the suites' patience; 0: what SlowEnv says, or 1.
 	Slow int

@@ -63,12 +63,12 @@ func testCrashWhileKilled(t T, r *rig) {
 	r.wantExit(t, req.Attempt, 137)
 }
 
-// testCrashInStart kills the plugin at random moments of Start and starts
+// testCrashInStart kills the plugin at moments all over Start and starts
 // again, as an agent does: there is one process in the end, and it ran once.
 func testCrashInStart(t T, r *rig) {
-	usual := r.usualStart(t)
+	m := r.moments(t, r.opts.HangUp)
 	for range r.opts.HangUp {
-		req, after := r.crashInStart(t, usual)
+		req, after := r.crashInStart(t, m)
 		c, err := r.runtime.Start(r.ctx(t), req)
 		if err != nil {
 			t.Errorf("killed after %s: second Start: %v", after, err)
@@ -94,16 +94,19 @@ func testCrashInStart(t T, r *rig) {
 	}
 }
 
-// testStarterGoesAway ends the caller's context at random moments of Start and
+// testStarterGoesAway ends the caller's context at moments all over Start and
 // starts again, as an agent that was killed does while the plugin lives on:
 // what ran goes on, and it ran once.
 func testStarterGoesAway(t T, r *rig) {
-	usual := r.usualStart(t)
+	m := r.moments(t, r.opts.HangUp)
 	for range r.opts.HangUp {
 		req := r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
-		after := rand.N(usual + usual/4)
+		after := m.next()
 		ctx, cancel := context.WithTimeout(r.ctx(t), after)
-		_, _ = r.runtime.Start(ctx, req) // too late or not
+		begun := time.Now()
+		if _, err := r.runtime.Start(ctx, req); err == nil {
+			m.took(time.Since(begun))
+		}
 		cancel()
 		var c sdk.Container
 		r.eventually(t, fmt.Sprintf("gone away after %s: it runs", after), func() (err error) {
@@ -128,9 +131,10 @@ func testStarterGoesAway(t T, r *rig) {
 // testCrashInStartGivenUp is an agent that is told to drop the task meanwhile:
 // there is no second Start to clear up after the first.
 func testCrashInStartGivenUp(t T, r *rig) {
-	usual := r.usualStart(t)
-	for range (r.opts.HangUp + 1) / 2 {
-		req, after := r.crashInStart(t, usual)
+	n := (r.opts.HangUp + 1) / 2
+	m := r.moments(t, n)
+	for range n {
+		req, after := r.crashInStart(t, m)
 		// Repeated, as an agent does: what the dead process asked for may
 		// still be coming up.
 		r.eventually(t, fmt.Sprintf("killed after %s: everything is removed", after), func() error {
@@ -148,32 +152,57 @@ func testCrashInStartGivenUp(t T, r *rig) {
 	}
 }
 
-// usualStart is how long Start takes here.
-func (r *rig) usualStart(t T) time.Duration {
+// moments are random ones that cover Start from its beginning to a little
+// after its end, each in its own part of it. One Start that took long, on a
+// machine with other things to do, must not put them all behind its end.
+type moments struct {
+	usual time.Duration // how long Start takes
+	n, at int
+}
+
+func (r *rig) moments(t T, n int) *moments {
 	t.Helper()
-	begun := time.Now()
-	first, _ := r.start(t, stay)
-	usual := time.Since(begun)
-	if _, err := r.runtime.Stop(r.ctx(t), first.Attempt, 0); err != nil {
-		t.Fatal(err)
+	m := &moments{usual: time.Hour, n: n}
+	for range 3 {
+		begun := time.Now()
+		first, _ := r.start(t, stay)
+		m.took(time.Since(begun))
+		if _, err := r.runtime.Stop(r.ctx(t), first.Attempt, 0); err != nil {
+			t.Fatal(err)
+		}
 	}
-	return usual
+	return m
+}
+
+// took says how long a Start took that nothing disturbed.
+func (m *moments) took(d time.Duration) { m.usual = min(m.usual, d) }
+
+func (m *moments) next() time.Duration {
+	part := (m.usual + m.usual/4) / time.Duration(m.n)
+	after := part*time.Duration(m.at) + rand.N(part+1)
+	m.at = (m.at + 1) % m.n
+	return after
 }
 
 // crashInStart kills the plugin at some moment of a Start and launches it
 // again.
-func (r *rig) crashInStart(t T, usual time.Duration) (req sdk.StartRequest, after time.Duration) {
+func (r *rig) crashInStart(t T, m *moments) (req sdk.StartRequest, after time.Duration) {
 	t.Helper()
 	req = r.request(t, sdk.Attempt{Task: r.task(t), Container: "main", Number: 1}, r.spec(stay))
-	after = rand.N(usual + usual/4)
+	after = m.next()
 	started := make(chan error, 1)
+	begun := time.Now()
+	var took time.Duration
 	go func() {
 		_, err := r.runtime.Start(r.ctx(t), req)
+		took = time.Since(begun)
 		started <- err
 	}()
 	<-time.After(after)
 	r.crash()
-	if err := <-started; err != nil && !errors.Is(err, sdk.Unavailable) {
+	if err := <-started; err == nil {
+		m.took(took)
+	} else if !errors.Is(err, sdk.Unavailable) {
 		t.Errorf("killed after %s: Start failed with kind %q, want unavailable: %v", after, sdk.KindOf(err), err)
 	}
 	r.launch(t)

@@ -39,7 +39,7 @@ type RuntimeOptions struct {
 	// MissingProgram is the kind of error for a program that is not there;
 	// "": NotFound.
 	MissingProgram sdk.ErrorKind
-	// HangUp is how often the plugin is killed at random moments of Start; 0: 10.
+	// HangUp is how often the plugin is killed at moments all over Start; 0: 10.
 	HangUp int
 	// Slow stretches the suite's patience; 0: what SlowEnv says, or 1.
 	Slow int
@@ -87,6 +87,7 @@ func runtimeSuite(t T, o RuntimeOptions) suite {
 		{"output is appended whole", testOutputWhole},
 		{"output goes to FIFOs", testFIFO},
 		{"environment, working directory and user", testEnvironment},
+		{"what devices give is there, or is refused", testGiven},
 		{"a left-behind child does not hide the exit", testOrphan},
 		{"what a container started ends with it", testDescendants},
 		{"attempts run beside each other", testConcurrent},

@@ -215,6 +215,8 @@ func openAppend(path string) (int, syscall.Errno) {
 // Raw system calls on this locked thread only, and no allocation on the way.
 func become(m *image) (string, syscall.Errno) {
 	killable()
+	// Its pages are the program's own business again, see smallPages.
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_PRCTL, prSetTHPDisable, 0, 0, 0, 0, 0)
 	for _, fd := range openDescriptors() {
 		if fd > 2 {
 			syscall.CloseOnExec(fd)

@@ -13,6 +13,8 @@ const (
 	prSetPdeathsig      = 1
 	prSetChildSubreaper = 36
 	prSetNoNewPrivs     = 38
+	prSetTHPDisable     = 41
+	prGetTHPDisable     = 42
 	sigSetBytes         = 8
 	sigIgnore           = 1
 	lastSignal          = 64
@@ -28,6 +30,7 @@ var leanRuntime = []string{"GOMAXPROCS=1", "GOGC=off"}
 func supervise(dir string) int {
 	closeFrom(3)
 	_ = syscall.Chdir("/")
+	smallPages()
 	lock, err := syscall.Open(dir+"/"+record.LockFile, syscall.O_RDWR|syscall.O_CREAT|syscall.O_CLOEXEC, 0o600)
 	if err != nil {
 		return exitSetup
@@ -83,6 +86,23 @@ func supervise(dir string) int {
 		recorded = writeExit(dir, e)
 	}
 	return 0
+}
+
+// smallPages keeps this process in small pages: where the kernel gives huge ones
+// to everybody, Go's heap of some 100 KiB would be one of 2 MiB. It must be said
+// before the heap is made, so this image is executed anew; those the plugin
+// starts itself have it from there.
+func smallPages() {
+	if off, _, e := syscall.RawSyscall6(syscall.SYS_PRCTL, prGetTHPDisable, 0, 0, 0, 0, 0); e != 0 || off != 0 {
+		return
+	}
+	const file = "/sys/kernel/mm/transparent_hugepage/enabled"
+	if b, err := record.ReadFile(file); err != nil || !strings.Contains(string(b), "[always]") {
+		return
+	}
+	if _, _, e := syscall.RawSyscall6(syscall.SYS_PRCTL, prSetTHPDisable, 1, 0, 0, 0, 0); e == 0 {
+		_ = syscall.Exec("/proc/self/exe", arguments(), leanRuntime)
+	}
 }
 
 func keep(fields []record.Field, keys ...string) []record.Field {

@@ -1,4 +1,4 @@
-package devices
+package hwtests
 
 import (
 	"encoding/json"
@@ -19,7 +19,7 @@ import (
 	"github.com/belay-edge/belay/plugins/sdk"
 )
 
-const fixtures = "../fixtures"
+const fixtures = "fixtures"
 
 // inventory is what a plugin says of a board, in the form of golden.json.
 type inventory struct {
