@@ -105,11 +105,6 @@ func (p *Plugin) ExitReason() string {
 	if !p.hasExited() {
 		return ""
 	}
-	// The end is often seen before the last words, and those say why.
-	select {
-	case <-p.proc.heard:
-	case <-time.After(2 * lingering):
-	}
 	return p.exitStatus() + p.said()
 }
 

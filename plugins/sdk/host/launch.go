@@ -244,7 +244,15 @@ func (p *Plugin) explainStart(err, ctxErr error) error {
 	return failed(sdk.Invalid, ErrNotPlugin, path, "it is a program, but not a Belay plugin", "it closed its output without a handshake%s", p.said())
 }
 
+// said is what it last wrote. The end of a process is often seen before its
+// last words, and those say why.
 func (p *Plugin) said() string {
+	if p.hasExited() {
+		select {
+		case <-p.proc.heard:
+		case <-time.After(2 * lingering):
+		}
+	}
 	lines := p.stderr.tail()
 	if len(lines) == 0 {
 		return "; it wrote nothing to stderr"
