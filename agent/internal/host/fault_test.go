@@ -155,7 +155,7 @@ func TestGarbageOnTheSocket(t *testing.T) {
 // others notice nothing.
 func TestEitherKindRecovers(t *testing.T) {
 	timing := quick
-	timing.Ping, timing.PingAnswer, timing.Close = 50*time.Millisecond, time.Second, 100*time.Millisecond
+	timing.Ping, timing.PingAnswer, timing.Close = 50*time.Millisecond, slow(time.Second), 100*time.Millisecond
 	timing.Crashes = 100
 	f := newFixture(t, timing, nil, "good", "dev", "good-bystander", "dev-bystander", "slow-bystander")
 	f.Host.config.Stage = []string{"/proc/self/exe", "plugin-stage"}

@@ -227,9 +227,11 @@ func (f fixture) wait(t *testing.T, name string, ok func(Status) bool) Status {
 
 // patience is how long anything that should happen may take: longer where the
 // machine is an emulated one.
-func patience() time.Duration {
+func patience() time.Duration { return slow(20 * time.Second) }
+
+func slow(d time.Duration) time.Duration {
 	n, _ := strconv.Atoi(os.Getenv(sdktest.SlowEnv))
-	return 20 * time.Second * time.Duration(max(n, 1))
+	return d * time.Duration(max(n, 1))
 }
 
 func is(state State) func(Status) bool { return func(s Status) bool { return s.State == state } }
