@@ -68,8 +68,8 @@ func (u *units) limit(memory uint64, cpu int) error {
 	p := properties(memory, cpu)
 	args := append([]string{u.slice, "fail"}, p...)
 	first := u.ask(ctx, "StartTransientUnit", "ssa(sv)a(sa(sv))", append(args, "0")...)
-	if first == nil {
-		return nil
+	if first == nil || ctx.Err() != nil {
+		return first
 	}
 	// There is one, of before or of an agent before.
 	if err := u.ask(ctx, "SetUnitProperties", "sba(sv)", append([]string{u.slice, "true"}, p...)...); err != nil {

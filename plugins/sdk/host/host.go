@@ -54,6 +54,9 @@ type Options struct {
 	// Outlive are the files a process id is written to that is to leave where
 	// Place has put the plugin; the plugin is told. Nil: there is nothing to leave.
 	Outlive []string
+	// KeepLeftovers leaves alone what the plugin leaves in its session when it
+	// ends: for those who want to see that.
+	KeepLeftovers bool
 	// Logger gets what the plugin writes to stderr and stdout, at most
 	// LogRate lines a second; nil: slog's default.
 	Logger *slog.Logger

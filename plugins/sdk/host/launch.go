@@ -79,7 +79,7 @@ func launch(ctx context.Context, o Options, introduce func(*Plugin, context.Cont
 	stderr := newStderrLog(o.Logger.With("plugin", pluginName(o)))
 	p := &Plugin{
 		opts:   o,
-		proc:   &process{cmd: cmd, wrapped: o.Wrap != nil, place: o.Place, more: stderr, exited: make(chan struct{}), swept: make(chan struct{}), heard: make(chan struct{})},
+		proc:   &process{cmd: cmd, wrapped: o.Wrap != nil, place: o.Place, keep: o.KeepLeftovers, more: stderr, exited: make(chan struct{}), swept: make(chan struct{}), heard: make(chan struct{})},
 		stderr: stderr,
 		closed: make(chan struct{}),
 	}

@@ -24,6 +24,7 @@ type process struct {
 	cmd      *exec.Cmd
 	wrapped  bool                       // cmd becomes the plugin once it is told to
 	place    func(context.Context, int) // may be nil
+	keep     bool                       // what it leaves
 	more     io.Writer                  // gets stdout after the handshake
 	stdout   *os.File
 	stderr   *os.File
@@ -129,7 +130,9 @@ func (p *process) Start(ctx context.Context) error {
 		_ = p.stdout.SetReadDeadline(time.Now().Add(lingering))
 		_ = p.stderr.SetReadDeadline(time.Now().Add(lingering))
 		p.lifeline.Close()
-		endSession(p.cmd.Process.Pid)
+		if !p.keep {
+			endSession(p.cmd.Process.Pid)
+		}
 		close(p.swept)
 	}()
 	return nil
