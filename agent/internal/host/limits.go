@@ -201,7 +201,7 @@ func (g *group) join(pid int) error {
 		return g.joined
 	}
 	var paths map[string]string
-	if paths, g.joined = g.units.join(pid); g.joined != nil {
+	if paths, g.joined = g.units.join(pid, "memory", "cpu", "pids"); g.joined != nil {
 		return g.joined
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")

@@ -151,6 +151,16 @@ func TestNamesOfUnits(t *testing.T) {
 	}
 }
 
+func TestSlicesAreFound(t *testing.T) {
+	u := newUnits("belay/plugins", "some")
+	at := "/belay.slice/belay-plugins.slice/belay-plugins-some.slice"
+	scope := "belay-plugins-some-12.scope"
+	groups := map[string]string{"name=systemd": at + "/" + scope, "memory": at + "/" + scope, "cpu": at, "pids": "/user.slice", "": "/"}
+	if d := cmp.Diff(map[string]string{"name=systemd": at, "memory": at, "cpu": at}, u.find(groups, scope)); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+}
+
 func TestCgroupMounts(t *testing.T) {
 	const hybrid = `30 24 0:26 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw,nsdelegate
 31 24 0:27 / /sys/fs/cgroup/systemd rw,nosuid - cgroup cgroup rw,xattr,name=systemd

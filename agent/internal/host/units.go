@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,7 +22,9 @@ import (
 type units struct {
 	slice string // "belay-plugins-nvidia.slice"
 	scope string // what names of scopes begin with
-	ask   func(ctx context.Context, method, signature string, args ...string) error
+	// partial: systemd does not use all that is wanted, as in some containers.
+	partial bool
+	ask     func(ctx context.Context, method, signature string, args ...string) error
 }
 
 // unitPatience bounds a question to systemd, and how long a process may take
@@ -79,8 +82,9 @@ func (u *units) limit(memory uint64, cpu int) error {
 }
 
 // join puts a process into a scope of the slice and returns the slice's path
-// below each mount of cgroups, by controller: "" for version 2.
-func (u *units) join(pid int) (map[string]string, error) {
+// below each mount of cgroups, by controller: "" for version 2. On version 1
+// it may be missing for a wanted one, which then has no effect.
+func (u *units) join(pid int, want ...string) (map[string]string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), unitPatience)
 	defer cancel()
 	scope := u.scope + strconv.Itoa(pid) + ".scope"
@@ -92,23 +96,30 @@ func (u *units) join(pid int) (map[string]string, error) {
 		"CollectMode", "s", "inactive-or-failed", "0"); err != nil && !errors.Is(err, errUnitExists) {
 		return nil, err
 	}
-	// The answer comes before the process has moved.
+	// The answer comes before the process has moved, and of version 1's
+	// hierarchies systemd's own is the first.
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
+	var tracked time.Time
 	for {
 		groups, err := groupsOf(pid)
 		if err != nil {
 			return nil, err // it has ended
 		}
-		paths, all := map[string]string{}, false
-		for controller, path := range groups {
-			if before, ok := strings.CutSuffix(path, "/"+scope); ok {
-				paths[controller], all = before, true
-			}
-		}
-		// systemd knows it by the hierarchy of its own, and gets there last.
-		if _, tracked := groups["name=systemd"]; all && (!tracked || paths["name=systemd"] != "") {
+		paths := u.find(groups, scope)
+		_, v1 := groups["name=systemd"]
+		switch {
+		case !v1 && paths[""] != "":
 			return paths, nil
+		case v1 && paths["name=systemd"] != "" && tracked.IsZero():
+			tracked = time.Now()
+		}
+		if !tracked.IsZero() {
+			whole := !slices.ContainsFunc(want, func(c string) bool { return groups[c] != "" && paths[c] == "" })
+			if whole || u.partial || time.Since(tracked) > time.Second {
+				u.partial = !whole
+				return paths, nil
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -116,6 +127,19 @@ func (u *units) join(pid int) (map[string]string, error) {
 		case <-tick.C:
 		}
 	}
+}
+
+// find says where the slice is in each hierarchy, for a process in the scope.
+// In one that nothing is asked of for the scope itself, version 1 has the
+// process in the slice.
+func (u *units) find(groups map[string]string, scope string) map[string]string {
+	paths := map[string]string{}
+	for controller, path := range groups {
+		if path = strings.TrimSuffix(path, "/"+scope); strings.HasSuffix(path, "/"+u.slice) {
+			paths[controller] = path
+		}
+	}
+	return paths
 }
 
 // stop forgets the slice; nothing may be in it.
