@@ -17,7 +17,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-teeth test-docker test-vm test-arm lint bench fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-faults test-teeth test-docker test-vm test-arm lint bench fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -58,8 +58,9 @@ lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
 test-teeth: ## for each rule for runtimes, one that breaks it and no other (minutes)
 	BELAY_TEST_TEETH=1 go test -count=1 -timeout 15m -run '^TestRuntimeSuiteHasTeeth$$' ./plugins/process
 
-test-systemd: ## the process plugin with a real systemd: the host's, or one booted in a container
+test-systemd: ## the process plugin and plugins' limits with a real systemd: the host's, or one booted in a container
 	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestConformanceSystemd$$' -v ./plugins/process
+	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestUnderSystemd$$' -v ./agent/internal/host
 
 # Waits as long as the promises do: a daemon that hangs for half a minute, a
 # restart policy that counts runs of a minute.
@@ -68,7 +69,10 @@ test-docker: build ## the black-box suite on a real Docker daemon, and all that 
 	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 20m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^($(DOCKERTABLE))$$/^docker$$'
 	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 15m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^(TestDocker.*|TestUpgradePlugins|TestDevicesByCDI)$$'
 
-test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, process, units)
+test-faults: build ## faults of plugins that take minutes to see
+	BELAY_BIN=$(abspath $(BIN)) BELAY_TEST_FAULTS=1 go test -count=1 -timeout 15m -run '^TestTenThousandChangesAMinute$$' -v ./hw-tests/blackbox
+
+test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, host, process, units)
 	@hw-tests/vm/run.sh $(VM)
 
 # Unit tests of what reads hardware, golden inventories by the test binaries and

@@ -5,16 +5,16 @@
 # to the file named at the start, what the tests print to stdout.
 # BELAY_TEST_KVM=1 uses KVM instead.
 #
-#   hw-tests/vm/run.sh [SUITE]...      containerd, process, units; all of them
+#   hw-tests/vm/run.sh [SUITE]...      containerd, host, process, units; all of them
 #
 # Needs root, qemu-system-x86, debootstrap and e2fsprogs. BELAY_TEST_CACHE
 # names where the system's disk is kept between runs, BELAY_TEST_RUN what
-# -test.run gets.
+# -test.run gets. BELAY_TEST_CGROUP=1 boots it with cgroup v1.
 set -eu
 
 cd "$(dirname "$0")/../.."
 cache=${BELAY_TEST_CACHE:-/var/cache/belay-test}/vm-1 # raise with what base() makes
-suites=${*:-containerd process units}
+suites=${*:-containerd host process units}
 PATH="$PATH:/usr/sbin:/sbin"
 
 for tool in qemu-system-x86_64 debootstrap mke2fs; do
@@ -78,12 +78,13 @@ payload() {
 			go build -ldflags '-s -w' -o "$dir/built/containerd" ./hw-tests/containerd/testdata/containerd
 			for arch in amd64 arm64 arm; do GOARM=7 GOARCH=$arch go build -ldflags '-s -w' -o "$dir/built/workload-$arch" ./images/workload; done
 			;;
+		host) go test -c -ldflags '-s -w' -o "$dir/tests/host" ./agent/internal/host ;;
 		process) go test -c -ldflags '-s -w' -o "$dir/tests/process" ./plugins/process ;;
 		units)
 			go test -c -ldflags '-s -w' -o "$dir/tests/units" ./hw-tests/vm
 			go build -ldflags '-s -w' -o "$dir/built/workload-amd64" ./images/workload
 			;;
-		*) echo "no suite $suite: containerd, process or units" >&2; return 1 ;;
+		*) echo "no suite $suite: containerd, host, process or units" >&2; return 1 ;;
 		esac
 	done
 	echo "$suites" >"$dir/suites"
@@ -100,9 +101,11 @@ echo "booting; the console is in $console" >&2
 # leave the kernel hanging, so KVM is for those who ask.
 accel=tcg,thread=multi cpu=max,la57=off
 [ "${BELAY_TEST_KVM:-0}" = 1 ] && accel=kvm cpu=host
+groups=
+[ "${BELAY_TEST_CGROUP:-2}" = 1 ] && groups=systemd.unified_cgroup_hierarchy=0
 timeout "${BELAY_TEST_VM_TIMEOUT:-7200}" qemu-system-x86_64 -accel "$accel" -cpu "$cpu" -smp 2 -m 2048 \
 	-nodefaults -nographic -nic none -kernel "$cache/vmlinuz" -initrd "$cache/initrd" \
-	-append "root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off systemd.show_status=1" \
+	-append "root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off systemd.show_status=1 $groups" \
 	-drive "file=$cache/disk,format=raw,if=virtio,snapshot=on" -drive "file=$work/payload.img,format=raw,if=virtio" \
 	-device virtio-rng-pci -serial "file:$console" -serial "file:$work/out" </dev/null 2>"$work/qemu.log" &
 qemu=$!

@@ -117,6 +117,38 @@ func agentPID(t *testing.T) string {
 	return strings.TrimSpace(command(t, "systemctl", "show", "-P", "MainPID", "belay-agent.service"))
 }
 
+// limited checks that every plugin is in a slice of its own with the limits the
+// agent tells, and not in the agent's group.
+func limited(t *testing.T, when string) {
+	t.Helper()
+	var l struct {
+		Plugins []struct {
+			Name, State        string
+			PID                int
+			MemoryMaxBytes     uint64
+			ProtectionsMissing []string
+		}
+	}
+	if err := json.Unmarshal([]byte(command(t, "/usr/bin/belay-agent", "plugins", "-o", "json")), &l); err != nil {
+		t.Fatal(err)
+	}
+	if len(l.Plugins) != 2 {
+		t.Errorf("%s there are %d plugins", when, len(l.Plugins))
+	}
+	for _, p := range l.Plugins {
+		if p.MemoryMaxBytes == 0 || len(p.ProtectionsMissing) > 0 {
+			t.Errorf("%s plugin %s: limit %d, missing %q", when, p.Name, p.MemoryMaxBytes, p.ProtectionsMissing)
+		}
+		group, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID))
+		path := strings.TrimPrefix(strings.TrimSpace(string(group)), "0::")
+		want := fmt.Sprintf("/belay.slice/belay-plugins.slice/belay-plugins-%s.slice/belay-plugins-%[1]s-%d.scope", p.Name, p.PID)
+		limit, _ := os.ReadFile(filepath.Join("/sys/fs/cgroup", filepath.Dir(path), "memory.max"))
+		if path != want || strings.TrimSpace(string(limit)) != fmt.Sprint(p.MemoryMaxBytes) {
+			t.Errorf("%s plugin %s is in %s with memory.max %s, want %s with %d", when, p.Name, path, limit, want, p.MemoryMaxBytes)
+		}
+	}
+}
+
 func TestBefore(t *testing.T) {
 	from := payload(t)
 	t.Cleanup(func() { journal(t) })
@@ -145,6 +177,7 @@ func TestBefore(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	limited(t, "at first")
 	registry, err := rig.StartRegistry(ctx, t.TempDir(), rig.RegistryOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -204,6 +237,7 @@ func TestBefore(t *testing.T) {
 			t.Errorf("after %s: %v", end.name, err)
 		}
 		cancel()
+		limited(t, "after "+end.name)
 		for runtime, was := range tasks {
 			now := await(t, was.ID, "after "+end.name+" the "+runtime+" task runs", slow(backWithin), func(t rig.Task) bool { return t.LastStatus == "RUNNING" })
 			if a, b := was.Container("main"), now.Container("main"); a.PID != b.PID || a.Attempt != b.Attempt || syscall.Kill(a.PID, 0) != nil {

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
@@ -39,6 +40,7 @@ const lastWord = 10 * time.Second
 func (p *programs) command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	c := exec.CommandContext(ctx, name, args...)
 	c.ExtraFiles = []*os.File{p.lock}
+	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}   // not killed with what else this plugin leaves
 	c.Cancel = func() error { return os.ErrProcessDone } // that is: wait on
 	c.WaitDelay = lastWord
 	return c

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/belay-edge/belay/plugins/sdk/serve"
 )
 
 // CopierName is what the process is called that copies output: one for all
@@ -88,7 +90,7 @@ func (c *copier) spawn() error {
 	// Our own program, even where an upgrade has replaced the file. Nobody
 	// waits for this child in a thread: it is reaped on SIGCHLD, see watch.
 	pid, err := syscall.ForkExec("/proc/self/exe", []string{CopierName, c.runDir, c.socket}, &syscall.ProcAttr{
-		Dir: "/", Env: []string{"GOMAXPROCS=1"}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd()},
+		Dir: "/", Env: []string{"GOMAXPROCS=1", serve.OutliveKey + "=" + os.Getenv(serve.OutliveKey)}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd()},
 		Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
@@ -176,6 +178,9 @@ func Copy(args []string) int {
 	if len(args) != 3 {
 		fmt.Fprintf(os.Stderr, "%s: started by the plugin %s, not by hand\n", CopierName, Name)
 		return 2
+	}
+	if err := serve.Outlive(); err != nil { // nobody reads this but in a test
+		fmt.Fprintf(os.Stderr, "%s: it ends with its plugin: %v\n", CopierName, err)
 	}
 	runDir := args[1]
 	lock, err := os.OpenFile(lockPath(runDir), os.O_RDWR|os.O_CREATE, 0o600)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/belay-edge/belay/plugins/process/internal/record"
 	"github.com/belay-edge/belay/plugins/sdk"
+	"github.com/belay-edge/belay/plugins/sdk/serve"
 )
 
 // ownSupervisor runs belay-supervise as the parent of each program.
@@ -35,7 +36,8 @@ func (o *ownSupervisor) fields(a sdk.Attempt) []record.Field {
 	for _, j := range g.joins() {
 		f = append(f, record.Field{Key: record.Join, Value: j})
 	}
-	for _, j := range o.cgroups.group("supervisors").joins() {
+	// First out of the plugin's own groups, then where supervisors belong.
+	for _, j := range append(serve.OutliveFiles(), o.cgroups.group("supervisors").joins()...) {
 		f = append(f, record.Field{Key: record.Scope, Value: j})
 	}
 	if len(g) > 0 {

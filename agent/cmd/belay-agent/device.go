@@ -192,7 +192,7 @@ func (d *device) told() *wire.Facts {
 	for _, s := range d.runtimes.Status() {
 		f.Plugins = append(f.Plugins, &wire.PluginInfo{
 			Name: s.Name, Version: s.Version, Kinds: kinds(s.Kinds), State: string(s.State),
-			LastError: s.Error, Checksum: s.SHA256, Restarts: uint32(max(s.Restarts, 0)), Networks: s.Networks,
+			LastError: lastError(s), Checksum: s.SHA256, Restarts: uint32(max(s.Restarts, 0)), Networks: s.Networks,
 			ProtocolVersion: uint32(s.Protocol), MemoryBytes: s.Memory, MemoryMaxBytes: s.MemoryMax, Missing: s.Missing,
 		})
 		for name, value := range s.Attributes {
@@ -203,6 +203,15 @@ func (d *device) told() *wire.Facts {
 	}
 	f.Devices = d.inventory()
 	return f
+}
+
+// lastError is what is wrong with a plugin or, when nothing is, why it last
+// went down: the control plane sees a device too seldom to catch it down.
+func lastError(s host.Status) string {
+	if s.Error == "" && s.State == host.Ready && s.LastDown != "" {
+		return "up again after: " + s.LastDown
+	}
+	return s.Error
 }
 
 func kinds(list []sdk.Kind) []string {
@@ -269,6 +278,9 @@ func (d *device) Tasks() ([]localapi.Task, error) {
 				Name: c.GetName(), LastStatus: c.GetLastStatus(), Attempt: int(c.GetAttempt()), Reason: c.GetReason(),
 				RuntimeID: c.GetRuntimeId(), PID: int(c.GetPid()), Image: c.GetImage(), Digest: c.GetImageDigest(), Health: c.GetHealth(),
 			}
+			for _, d := range c.GetDevices() {
+				one.Devices = append(one.Devices, d.GetPlugin()+"/"+d.GetId())
+			}
 			if c.ExitCode != nil {
 				code := int(c.GetExitCode())
 				one.ExitCode = &code
@@ -289,7 +301,7 @@ func (d *device) Plugins() []localapi.Plugin {
 			k = []string{}
 		}
 		out = append(out, localapi.Plugin{
-			Name: p.Name, Version: p.Version, Kinds: k, State: string(p.State), LastError: p.Error,
+			Name: p.Name, Version: p.Version, Kinds: k, State: string(p.State), LastError: p.Error, LastDown: p.LastDown,
 			PID: p.PID, Restarts: p.Restarts, Path: p.Path, Checksum: p.SHA256,
 			Protocol: p.Protocol, MemoryBytes: p.Memory, MemoryMaxBytes: p.MemoryMax, CPUMaxPercent: p.CPUMax, ProtectionsMissing: p.Missing,
 		})

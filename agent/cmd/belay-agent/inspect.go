@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -119,7 +121,17 @@ func tasksCommand(t terminal) *cobra.Command {
 					}
 					fmt.Fprintf(w, "%s\t%s:%d\t%s\t%s\t%s\n", task.ID, task.Family, task.Revision, task.LastStatus, task.DesiredStatus, note)
 				}
-				return w.Flush()
+				if err := w.Flush(); err != nil {
+					return err
+				}
+				for _, task := range tasks {
+					for _, c := range task.Containers {
+						if len(c.Devices) > 0 {
+							fmt.Fprintf(t.out, "\n%s: container %s has %s\n", task.ID, c.Name, strings.Join(c.Devices, ", "))
+						}
+					}
+				}
+				return nil
 			})
 		})
 }
@@ -139,7 +151,12 @@ func pluginsCommand(t terminal) *cobra.Command {
 					if p.MemoryBytes > 0 {
 						memory = fmt.Sprintf("%d MiB", (p.MemoryBytes+1<<20-1)>>20)
 					}
-					fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%.12s\t%s\t%d\t%s\n", p.Name, strings.Join(p.Kinds, ","), p.Version, p.Protocol, p.Checksum, p.State, p.Restarts, memory)
+					protocol := "-"
+					if p.Protocol > 0 {
+						protocol = strconv.Itoa(p.Protocol)
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.12s\t%s\t%d\t%s\n", p.Name, cmp.Or(strings.Join(p.Kinds, ","), "-"), cmp.Or(p.Version, "-"),
+						protocol, cmp.Or(p.Checksum, "-"), p.State, p.Restarts, memory)
 				}
 				if err := w.Flush(); err != nil {
 					return err
@@ -147,6 +164,8 @@ func pluginsCommand(t terminal) *cobra.Command {
 				for _, p := range plugins {
 					if p.LastError != "" {
 						fmt.Fprintf(t.out, "\n%s: %s\n", p.Name, p.LastError)
+					} else if p.LastDown != "" {
+						fmt.Fprintf(t.out, "\n%s: up again after: %s\n", p.Name, p.LastDown)
 					}
 					for _, m := range p.ProtectionsMissing {
 						fmt.Fprintf(t.out, "\n%s: protection missing: %s\n", p.Name, m)

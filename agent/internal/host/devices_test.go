@@ -87,7 +87,7 @@ func (d *detector) Stats(context.Context, []string) ([]sdk.DeviceStats, error) {
 // inventory waits until what is known of a plugin's devices pleases ok.
 func (f fixture) inventory(t *testing.T, plugin string, ok func(agent.PluginDevices) bool) agent.PluginDevices {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(patience())
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -146,7 +146,7 @@ func TestDevicesSurviveARelaunchAndEndWithTheFile(t *testing.T) {
 	if err := os.Remove(filepath.Join(f.dir, "dev")); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(patience())
 	for len(f.Inventory()) > 0 {
 		select {
 		case <-deadline:

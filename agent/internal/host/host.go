@@ -3,8 +3,9 @@
 // gives the agent runtimes by name that survive all of this.
 //
 // Every plugin has a goroutine of its own, so that a bad one cannot hold up
-// another. What a plugin started is not its host's business: a runtime's
-// containers outlive every process here.
+// another. What a plugin leaves in its session ends with it; what a runtime
+// started for tasks is in sessions and groups of its own and outlives every
+// process here.
 package host
 
 import (
@@ -38,7 +39,8 @@ type Config struct {
 	// cannot be used; nil: no plugin has any.
 	Settings func(name string) (Settings, error)
 	// LimitGroup is the cgroup, a path below the mount, in which plugins get
-	// one each with their limits; "": they are not limited.
+	// one each with their limits; under systemd, the slice, with slashes for
+	// dashes. "": they are not limited.
 	LimitGroup string
 	// Stage is the program, with its first arguments, that calls Stage: plugins
 	// that are only detectors are run through it. Nil: they are not confined.
@@ -126,6 +128,7 @@ type Status struct {
 	Protocol int        // version it speaks; 0 until it was up once
 	State    State
 	Error    string // why it is down, or what else is wrong with it
+	LastDown string // why it last went down by itself; "" when it has not
 	Restarts int    // launches after it went down by itself
 	SHA256   string // of the executable that was last launched, hex
 	PID      int    // 0 unless it runs

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -87,6 +88,13 @@ func pretend(name string) {
 	case name == "crashes":
 		p.OnConfigure = func(sdk.Config) error {
 			time.AfterFunc(20*time.Millisecond, func() { os.Exit(4) })
+			return nil
+		}
+	case name == "heals":
+		p.OnConfigure = func(c sdk.Config) error {
+			if _, err := os.Stat(filepath.Join(c.StateDir, "well")); err != nil {
+				time.AfterFunc(10*time.Millisecond, func() { os.Exit(6) })
+			}
 			return nil
 		}
 	case name == "version99":
@@ -195,7 +203,7 @@ func (f fixture) start(t *testing.T) (stop func()) {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience()):
 			t.Error("Run did not end")
 		}
 	}
@@ -206,7 +214,7 @@ func (f fixture) start(t *testing.T) (stop func()) {
 // wait waits until the status of a plugin pleases ok.
 func (f fixture) wait(t *testing.T, name string, ok func(Status) bool) Status {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(patience())
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -225,6 +233,15 @@ func (f fixture) wait(t *testing.T, name string, ok func(Status) bool) Status {
 		case <-tick.C:
 		}
 	}
+}
+
+// patience is how long anything that should happen may take: longer where the
+// machine is an emulated one.
+func patience() time.Duration { return slow(20 * time.Second) }
+
+func slow(d time.Duration) time.Duration {
+	n, _ := strconv.Atoi(os.Getenv(sdktest.SlowEnv))
+	return d * time.Duration(max(n, 1))
 }
 
 func is(state State) func(Status) bool { return func(s Status) bool { return s.State == state } }

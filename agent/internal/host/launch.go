@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 
 	"github.com/belay-edge/belay/plugins/sdk"
 	sdkhost "github.com/belay-edge/belay/plugins/sdk/host"
@@ -70,10 +71,16 @@ func (p *plugin) launchWith(ctx context.Context, settings Settings) (*sdkhost.Pl
 	// Sockets of an agent that was killed.
 	sdkhost.RemoveSockets(o.SocketDir)
 	if g := p.fence(settings); g != nil {
+		o.Outlive = g.outlive()
 		o.Place = func(_ context.Context, pid int) {
-			if err := g.join(pid); err != nil {
+			err := g.join(pid)
+			p.killed, _ = g.kills() // systemd's can only be counted with something in it
+			if _, gone := os.Stat(filepath.Join("/proc", strconv.Itoa(pid))); gone != nil {
+				g.joined = nil
+			} else if err != nil {
 				p.host.log.Warn("the plugin's limits do not hold", "plugin", p.name, "err", err)
 			}
+			p.sweep(pid) // what an agent that was killed has left
 		}
 	}
 	if err := p.confine(ctx, &o, settings, sum); err != nil {

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math/rand/v2"
@@ -38,13 +39,15 @@ type plugin struct {
 	crashes     []time.Time // the latest last
 	quarantined bool
 	files       files
-	group       *group // nil: not limited
+	group       *group  // nil: not limited
+	limits      *limits // in force; nil: none yet
+	lacks       []string
 	killed      uint64 // for memory, when the process was launched
 }
 
-// notes are what is wrong with files that are not in use, and with what a
-// runtime works with.
-type notes struct{ executable, configuration, daemon string }
+// notes are what is wrong with files that are not in use, with what a runtime
+// works with, and with answers that are not taken.
+type notes struct{ executable, configuration, info, list string }
 
 func newPlugin(h *Host, name, path string) *plugin {
 	return &plugin{host: h, name: name, path: path, wake: make(chan struct{}, 1), settle: func() {},
@@ -101,7 +104,7 @@ func (p *plugin) run(ctx context.Context) {
 		}
 		p.swapped()
 		delay, state := p.judge(err, time.Since(begun), time.Now())
-		p.update(func(s *Status) { s.State, s.Error = state, err.Error() })
+		p.update(func(s *Status) { s.State, s.Error, s.LastDown = state, err.Error(), cut(err.Error()) })
 		p.settle()
 		log.Error("plugin is down", "err", err, "state", state, "next", delay.Round(time.Millisecond))
 		restarts++
@@ -183,15 +186,15 @@ func (p *plugin) wait(ctx context.Context, d time.Duration) error {
 func (p *plugin) live(ctx context.Context) error {
 	process, err := p.launch(ctx)
 	if err != nil {
+		p.sweep(0)
 		return p.explainKill(err)
 	}
+	defer p.sweep(0)
 	defer process.Close(context.Background()) // bounded by Timing.Close
 	defer p.down()
 	p.up(ctx, process)
+	p.lacks = slices.Concat(process.Missing(), lacksOf(process.Info().Kinds))
 	p.relimit(p.files.running, process.Info().Kinds)
-	if lacks := process.Missing(); lacks != nil {
-		p.update(func(s *Status) { s.Missing = append(slices.Clone(s.Missing), lacks...) })
-	}
 	defer p.followDevices(ctx)()
 	err = p.watch(ctx, process)
 	if errors.As(err, new(replaced)) || errors.Is(err, errGone) {
@@ -213,6 +216,7 @@ func (p *plugin) up(ctx context.Context, process *sdkhost.Plugin) {
 	}
 	p.found.heard, p.found.err = false, ""
 	p.mu.Unlock()
+	p.note(func(n *notes) { n.info, n.list = "", "" })
 	// Not for long: a runtime whose daemon hangs is up all the same.
 	p.askRuntime(ctx, runtime, min(2*time.Second, p.host.config.Timing.PingAnswer))
 	p.update(func(s *Status) {
@@ -249,13 +253,13 @@ func (p *plugin) askRuntime(ctx context.Context, r sdk.Runtime, timeout time.Dur
 func (p *plugin) told(info sdk.RuntimeInfo, err error) {
 	switch kind := sdk.KindOf(err); {
 	case err == nil:
-		p.note(func(n *notes) { n.daemon = "" })
+		p.note(func(n *notes) { n.info = "" })
 		p.update(func(s *Status) {
 			s.RuntimeVersion, s.Images, s.Networks, s.Attributes = info.Version, info.Images, info.Networks, info.Attributes
 		})
 	case kind != sdk.Canceled:
 		p.host.log.Debug("runtime does not say what it can do", "plugin", p.name, "err", err)
-		p.note(func(n *notes) { n.daemon = err.Error() })
+		p.note(func(n *notes) { n.info = cmp.Or(nonsense(err), err.Error()) })
 	}
 }
 
@@ -294,6 +298,7 @@ func (p *plugin) watch(ctx context.Context, process *sdkhost.Plugin) error {
 			sdkhost.Worked()
 			continue
 		}
+		p.limitAgain(process)
 		pctx, cancel := context.WithTimeout(ctx, t.PingAnswer)
 		err := process.Ping(pctx)
 		cancel()
@@ -331,6 +336,7 @@ func (p *plugin) update(f func(*Status)) {
 	p.mu.Lock()
 	before := p.st
 	f(&p.st)
+	p.st.Error = cut(p.st.Error)
 	same := reflect.DeepEqual(before, p.st)
 	p.mu.Unlock()
 	if !same {
@@ -346,12 +352,12 @@ func (p *plugin) status() Status {
 		return s
 	}
 	var wrong []string
-	for _, w := range []string{s.Error, p.found.err, p.notes.executable, p.notes.configuration, p.notes.daemon} {
+	for _, w := range []string{s.Error, p.found.err, p.notes.executable, p.notes.configuration, p.notes.info, p.notes.list} {
 		if w != "" {
 			wrong = append(wrong, w)
 		}
 	}
-	s.Error = strings.Join(wrong, "; ")
+	s.Error = cut(strings.Join(wrong, "; "))
 	return s
 }
 

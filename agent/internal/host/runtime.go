@@ -2,10 +2,12 @@ package host
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
+	sdkhost "github.com/belay-edge/belay/plugins/sdk/host"
 )
 
 // runtime is an sdk.Runtime that goes to whatever process the plugin has now.
@@ -113,8 +115,26 @@ func (r runtime) List(ctx context.Context) (sdk.Inventory, error) {
 		return sdk.Inventory{}, err
 	}
 	defer done()
-	return rt.List(ctx)
+	inv, err := rt.List(ctx)
+	r.p.note(func(n *notes) { n.list = nonsense(err) })
+	return inv, err
 }
+
+// nonsense is why an answer is not taken that breaks the contract; "" for
+// other errors and none. The plugin is not relaunched for it: it runs, and
+// would only say it again.
+func nonsense(err error) string {
+	if !errors.Is(err, sdkhost.ErrNonsense) {
+		return ""
+	}
+	return "an answer of it is not taken: " + err.Error()
+}
+
+// What a runtime may tell without waiting: more than any honest one does.
+const (
+	eventBurst = 500
+	eventRate  = 200 // a second, in the long run
+)
 
 // Events implements sdk.Runtime. The stream ends with the process.
 func (r runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
@@ -122,7 +142,18 @@ func (r runtime) Events(ctx context.Context, f func(sdk.Attempt)) error {
 	if err != nil {
 		return err
 	}
-	return rt.Events(ctx, f)
+	left, last := float64(eventBurst), time.Now()
+	return rt.Events(ctx, func(a sdk.Attempt) {
+		f(a)
+		now := time.Now()
+		left = min(eventBurst, left+now.Sub(last).Seconds()*eventRate) - 1
+		if last = now; left < 0 {
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second / eventRate):
+			}
+		}
+	})
 }
 
 // Stats implements sdk.Runtime.

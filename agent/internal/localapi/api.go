@@ -59,6 +59,8 @@ type Container struct {
 	Image      string `json:"image,omitempty"`
 	Digest     string `json:"imageDigest,omitempty"`
 	Health     string `json:"health,omitempty"`
+	// Devices it was given, for good until it is gone: "PLUGIN/ID".
+	Devices []string `json:"devices,omitempty"`
 }
 
 // Plugin is one plugin of the device.
@@ -67,7 +69,8 @@ type Plugin struct {
 	Version   string   `json:"version"`
 	Kinds     []string `json:"kinds"`
 	State     string   `json:"state"`
-	LastError string   `json:"lastError,omitempty"`
+	LastError string   `json:"lastError,omitempty"` // what is wrong now
+	LastDown  string   `json:"lastDown,omitempty"`  // why it last went down by itself
 	PID       int      `json:"pid,omitempty"`
 	Restarts  int      `json:"restarts"`
 	Path      string   `json:"path"`

@@ -123,6 +123,13 @@ func (p *fakePlane) ListInstances(context.Context, *connect.Request[apiv1.ListIn
 			RegisteredAt: "2026-01-02T03:04:05Z",
 			Resources:    &apiv1.InstanceResources{Registered: &apiv1.Resources{Cpu: 4096, Memory: 7000}, Remaining: &apiv1.Resources{Cpu: 3584, Memory: 6000, Ports: []string{"80/tcp"}}},
 			Attributes:   []*apiv1.Attribute{{Name: "belay.arch", Value: "arm64"}},
+			Plugins: []*apiv1.Plugin{
+				{Name: "containerd", Version: "1.2.0-45-gdeadbeef", Kinds: []string{"runtime"}, State: "ready", Checksum: strings.Repeat("0123456789abcdef", 4),
+					Restarts: 1, ProtocolVersion: 2, MemoryBytes: 9<<20 + 1, MemoryMaxBytes: 256 << 20, LastError: "up again after: the process ended: killed by signal 9 (SIGKILL)"},
+				{Name: "edgetpu", Version: "1.2.0", Kinds: []string{"device"}, State: "ready", Checksum: strings.Repeat("fedcba9876543210", 4),
+					ProtocolVersion: 2, MemoryBytes: 3 << 20, MemoryMaxBytes: 64 << 20, ProtectionsMissing: []string{"read-only file system (Landlock): this kernel has none"}},
+				{Name: "vendor", State: "quarantined", Checksum: strings.Repeat("77", 32), Restarts: 5, LastError: "killed: out of memory (limit 64 MiB)"},
+			},
 			Devices: []*apiv1.Device{
 				{Plugin: "edgetpu", Id: "0000:01:00.0", Kind: "tpu", Health: "unknown", Shares: 1, Reason: "its driver is not bound: load the module apex, or look why it is not there"},
 				{Plugin: "nvidia", Id: "GPU-8f3b5c1e-0000-4d2c-9d0b-1f6f2a7c1e55", Kind: "gpu", Ready: true, Health: "healthy", Shares: 2,

@@ -55,7 +55,11 @@ func (c *deviceClient) Edits(ctx context.Context, ids []string) (sdk.Edits, erro
 	if err != nil {
 		return sdk.Edits{}, c.p.explain(ctx, c.op("edits for "+strings.Join(ids, ", ")), err)
 	}
-	return bridge.FromEdits(r), nil
+	e := bridge.FromEdits(r)
+	if err := sdk.CheckEdits(e); err != nil {
+		return sdk.Edits{}, err
+	}
+	return e, nil
 }
 
 // Stats implements sdk.Devices.

@@ -29,6 +29,17 @@ var (
 	ErrGarbage       = errors.New("does not speak the plugin protocol")
 )
 
+// ErrNonsense is in the error of a call whose answer breaks the contract.
+var ErrNonsense = errors.New("the answer breaks the contract")
+
+// cut bounds what a plugin says in words.
+func cut(s string) string {
+	if len(s) <= sdk.MaxReason {
+		return s
+	}
+	return strings.ToValidUTF8(s[:sdk.MaxReason], "") + "..."
+}
+
 // failed makes the error of a launch. sentinel is one of the above.
 func failed(kind sdk.ErrorKind, sentinel error, path, hint, format string, args ...any) error {
 	return &sdk.Error{Kind: kind, Op: "launch plugin " + path, Message: fmt.Sprintf(format, args...), Hint: hint, Err: sentinel}

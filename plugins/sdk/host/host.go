@@ -52,6 +52,12 @@ type Options struct {
 	// Place is called with the process while it waits in Wrap or, without one,
 	// has just started. It may put it where its use of resources is limited.
 	Place func(ctx context.Context, pid int)
+	// Outlive are the files a process id is written to that is to leave where
+	// Place has put the plugin; the plugin is told. Nil: there is nothing to leave.
+	Outlive []string
+	// KeepLeftovers leaves alone what the plugin leaves in its session when it
+	// ends: for those who want to see that.
+	KeepLeftovers bool
 	// Logger gets what the plugin writes to stderr and stdout, at most
 	// LogRate lines a second; nil: slog's default.
 	Logger *slog.Logger
@@ -161,7 +167,7 @@ func (p *Plugin) Devices() (sdk.Devices, bool) {
 }
 
 // Close asks the plugin to end, kills it when it does not in time or when ctx
-// ends, and returns once the process is gone.
+// ends, and returns once the process is gone, with what it left in its session.
 func (p *Plugin) Close(ctx context.Context) {
 	p.closing.Do(func() {
 		go func() {
@@ -169,6 +175,7 @@ func (p *Plugin) Close(ctx context.Context) {
 			p.askToEnd()
 			_ = p.proc.Kill(context.Background())
 			p.client.Kill()
+			<-p.proc.swept
 		}()
 	})
 	select {
@@ -214,6 +221,10 @@ func (p *Plugin) explain(ctx context.Context, op string, err error) error {
 		return nil
 	}
 	e := bridge.FromStatus(ctx, op, err)
+	var said *sdk.Error
+	if errors.As(e, &said) {
+		said.Op, said.Message, said.Hint = cut(said.Op), cut(said.Message), cut(said.Hint)
+	}
 	switch k := sdk.KindOf(e); {
 	case ctx.Err() != nil || k != sdk.Canceled && k != sdk.Unavailable:
 	case p.alive.Err() != nil:

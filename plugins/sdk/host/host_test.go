@@ -102,6 +102,32 @@ func pretend(mode string) {
 			}
 			return os.WriteFile(os.Getenv("TEST_MARK"), []byte("done"), 0o600)
 		})
+	case "raw":
+		serveRaw()
+		return
+	case "leaves":
+		p.OnConfigure = leave
+	case "connects":
+		connect()
+		return
+	case "impostor":
+		fmt.Printf("1|2|unix|%s|grpc|\n", os.Getenv("TEST_SOCKET"))
+		hang()
+	case "gasps":
+		mem.FailWith(func(op string) error {
+			if op == "list" {
+				fmt.Fprintln(os.Stderr, "aaargh")
+				os.Exit(7)
+			}
+			return nil
+		})
+	case "wordy":
+		mem.FailWith(func(op string) error {
+			if op == "list" {
+				return sdk.Errorf(sdk.Conflict, strings.Repeat("op", 1500), "%s", strings.Repeat("blah ", 1000))
+			}
+			return nil
+		})
 	case "hangs":
 		mem.FailWith(func(op string) error {
 			if op == "list" {

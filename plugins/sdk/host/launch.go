@@ -73,10 +73,13 @@ func launch(ctx context.Context, o Options, introduce func(*Plugin, context.Cont
 	argv := slices.Concat(o.Wrap, []string{o.Path}, o.Args)
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env = append(environment(os.Environ()), o.Env...)
+	if len(o.Outlive) > 0 {
+		cmd.Env = append(cmd.Env, handshake.OutliveKey+"="+strings.Join(o.Outlive, ":"))
+	}
 	stderr := newStderrLog(o.Logger.With("plugin", pluginName(o)))
 	p := &Plugin{
 		opts:   o,
-		proc:   &process{cmd: cmd, wrapped: o.Wrap != nil, place: o.Place, more: stderr, exited: make(chan struct{})},
+		proc:   &process{cmd: cmd, wrapped: o.Wrap != nil, place: o.Place, keep: o.KeepLeftovers, more: stderr, exited: make(chan struct{}), swept: make(chan struct{}), heard: make(chan struct{})},
 		stderr: stderr,
 		closed: make(chan struct{}),
 	}
@@ -95,6 +98,8 @@ const (
 	maxMessage = 16 << 20 // a List of everything a device can hold has less
 	maxHeader  = 64 << 10 // where errors travel
 	window     = 64 << 10 // in flight, of one call and of all together
+	maxKinds   = 16
+	maxWords   = 256 // bytes of each of a plugin's last lines, in an error
 )
 
 func pluginName(o Options) string {
@@ -199,6 +204,7 @@ func (p *Plugin) connect(ctx context.Context) error {
 	if p.proc.pid() == 0 {
 		p.client.Kill()
 		close(p.proc.exited) // nothing will
+		close(p.proc.swept)
 		return explainExec(p.opts.Path, err)
 	}
 	timedOut := ctx.Err()
@@ -240,10 +246,23 @@ func (p *Plugin) explainStart(err, ctxErr error) error {
 	return failed(sdk.Invalid, ErrNotPlugin, path, "it is a program, but not a Belay plugin", "it closed its output without a handshake%s", p.said())
 }
 
+// said is what it last wrote. The end of a process is often seen before its
+// last words, and those say why.
 func (p *Plugin) said() string {
+	if p.hasExited() {
+		select {
+		case <-p.proc.heard:
+		case <-time.After(2 * lingering):
+		}
+	}
 	lines := p.stderr.tail()
 	if len(lines) == 0 {
 		return "; it wrote nothing to stderr"
+	}
+	for i, l := range lines {
+		if len(l) > maxWords {
+			lines[i] = strings.ToValidUTF8(l[:maxWords], "") + "..."
+		}
 	}
 	return "; its last words: " + strings.Join(lines, " / ")
 }
@@ -307,6 +326,10 @@ func (p *Plugin) identify(ctx context.Context) error {
 	}
 	if !handshake.ValidName(p.info.Name) {
 		return failed(sdk.Invalid, ErrName, p.opts.Path, "", "the plugin calls itself %q: want 1 to 63 of a-z, 0-9 and -", p.info.Name)
+	}
+	if len(p.info.Version) > sdk.MaxRuntimeText || len(p.info.Kinds) > maxKinds || slices.ContainsFunc(p.info.Kinds, func(k sdk.Kind) bool { return len(k) > 32 }) {
+		return failed(sdk.Invalid, ErrNonsense, p.opts.Path, "this is a defect of the plugin",
+			"it describes itself with a version of %d bytes and %d kinds, want at most %d, and %d of at most 32 bytes", len(p.info.Version), len(p.info.Kinds), sdk.MaxRuntimeText, maxKinds)
 	}
 	if p.optionsKnown {
 		if err := sdk.CheckConfig(p.options, p.opts.Config.JSON); err != nil {

@@ -24,12 +24,15 @@ type process struct {
 	cmd      *exec.Cmd
 	wrapped  bool                       // cmd becomes the plugin once it is told to
 	place    func(context.Context, int) // may be nil
+	keep     bool                       // what it leaves
 	more     io.Writer                  // gets stdout after the handshake
 	stdout   *os.File
 	stderr   *os.File
 	lifeline *os.File // closed with us: the plugin's stdin ends
 
 	exited chan struct{} // closed once err is set
+	swept  chan struct{} // closed once what it left is killed
+	heard  chan struct{} // closed once stderr has been read to its end
 	err    error         // of Wait; nil for status 0
 
 	mu      sync.Mutex
@@ -93,8 +96,9 @@ func (p *process) Start(ctx context.Context) error {
 	}
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = in, out, err2
 	p.cmd.Env = append(p.cmd.Env, handshake.LifelineKey+"="+handshake.LifelineStdin)
-	// Its own process group: Ctrl-C in the agent's terminal is not for it.
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// Its own session: Ctrl-C in the agent's terminal is not for it, and what it
+	// leaves behind is known by it.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := p.start(ctx); err != nil {
 		p.closePipes()
 		return err
@@ -126,6 +130,10 @@ func (p *process) Start(ctx context.Context) error {
 		_ = p.stdout.SetReadDeadline(time.Now().Add(lingering))
 		_ = p.stderr.SetReadDeadline(time.Now().Add(lingering))
 		p.lifeline.Close()
+		if !p.keep {
+			endSession(p.cmd.Process.Pid)
+		}
+		close(p.swept)
 	}()
 	return nil
 }
@@ -167,7 +175,7 @@ func (p *process) Wait(context.Context) error {
 	return p.err
 }
 
-// Kill implements runner.Runner. Only the plugin: what it started lives on.
+// Kill implements runner.Runner.
 func (p *process) Kill(context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -211,7 +219,21 @@ func (p *process) Stderr() io.ReadCloser {
 	return struct {
 		io.Reader
 		io.Closer
-	}{ending{p.stderr}, p.stderr}
+	}{&told{Reader: ending{p.stderr}, end: sync.OnceFunc(func() { close(p.heard) })}, p.stderr}
+}
+
+// told calls end at the end of what is read.
+type told struct {
+	io.Reader
+	end func()
+}
+
+func (t *told) Read(b []byte) (int, error) {
+	n, err := t.Reader.Read(b)
+	if err != nil {
+		t.end()
+	}
+	return n, err
 }
 
 // ending makes any failure of a pipe its end: after the process there is

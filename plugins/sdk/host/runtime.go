@@ -1,6 +1,8 @@
 package host
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -56,6 +58,30 @@ var _ sdk.Runtime = (*runtimeClient)(nil)
 
 func (c *runtimeClient) op(what string) string { return what + " (plugin " + c.p.info.Name + ")" }
 
+// container takes an answer about one attempt.
+func (c *runtimeClient) container(what string, a sdk.Attempt, m *pluginpb.Container) (sdk.Container, error) {
+	got := bridge.FromContainer(m)
+	err := sdk.CheckContainer(got)
+	if err == nil && got.Attempt != a {
+		err = sdk.Errorf(sdk.Internal, "", "it answers for %.100s", got.Attempt)
+	}
+	if err != nil {
+		return sdk.Container{}, c.nonsense(what+" "+a.String(), err)
+	}
+	got.Reason = cut(got.Reason)
+	return got, nil
+}
+
+// nonsense is the error of an answer that breaks the contract.
+func (c *runtimeClient) nonsense(what string, err error) error {
+	var e *sdk.Error
+	words := err.Error()
+	if errors.As(err, &e) {
+		words = e.Message
+	}
+	return &sdk.Error{Kind: sdk.Internal, Op: c.op(what), Message: words, Hint: "this is a defect of the plugin", Err: ErrNonsense}
+}
+
 // Info implements sdk.Runtime.
 func (c *runtimeClient) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
 	cctx, done := c.p.call(ctx)
@@ -64,7 +90,11 @@ func (c *runtimeClient) Info(ctx context.Context) (sdk.RuntimeInfo, error) {
 	if err != nil {
 		return sdk.RuntimeInfo{}, c.p.explain(ctx, c.op("info"), err)
 	}
-	return bridge.FromRuntimeInfo(r), nil
+	info := bridge.FromRuntimeInfo(r)
+	if err := sdk.CheckRuntimeInfo(info); err != nil {
+		return sdk.RuntimeInfo{}, c.nonsense("info", err)
+	}
+	return info, nil
 }
 
 // PrepareTask implements sdk.Runtime.
@@ -99,7 +129,11 @@ func (c *runtimeClient) Pull(ctx context.Context, r sdk.PullRequest, progress fu
 		u, err := stream.Recv()
 		switch {
 		case errors.Is(err, io.EOF) && image != nil:
-			return bridge.FromImage(image), nil
+			i := bridge.FromImage(image)
+			if len(i.Digest) > sdk.MaxRuntimeText || len(i.Reference) > 16*sdk.MaxRuntimeText {
+				return sdk.Image{}, c.nonsense("pull "+r.Image, sdk.Errorf(sdk.Internal, "", "a digest of %d bytes for a reference of %d", len(i.Digest), len(i.Reference)))
+			}
+			return i, nil
 		case errors.Is(err, io.EOF):
 			return sdk.Image{}, sdk.Errorf(sdk.Internal, c.op("pull "+r.Image), "the plugin ended the pull without an image")
 		case err != nil:
@@ -125,7 +159,7 @@ func (c *runtimeClient) Start(ctx context.Context, r sdk.StartRequest) (sdk.Cont
 	if err != nil {
 		return sdk.Container{}, c.p.explain(ctx, c.op("start "+r.Attempt.String()), err)
 	}
-	return bridge.FromContainer(a.GetContainer()), nil
+	return c.container("start", r.Attempt, a.GetContainer())
 }
 
 // Stop implements sdk.Runtime.
@@ -136,7 +170,7 @@ func (c *runtimeClient) Stop(ctx context.Context, a sdk.Attempt, grace time.Dura
 	if err != nil {
 		return sdk.Container{}, c.p.explain(ctx, c.op("stop "+a.String()), err)
 	}
-	return bridge.FromContainer(r.GetContainer()), nil
+	return c.container("stop", a, r.GetContainer())
 }
 
 // Remove implements sdk.Runtime.
@@ -155,7 +189,14 @@ func (c *runtimeClient) List(ctx context.Context) (sdk.Inventory, error) {
 	if err != nil {
 		return sdk.Inventory{}, c.p.explain(ctx, c.op("list"), err)
 	}
-	return bridge.FromInventory(r), nil
+	inv := bridge.FromInventory(r)
+	if err := sdk.CheckContainers(inv); err != nil {
+		return sdk.Inventory{}, c.nonsense("list", err)
+	}
+	for i := range inv.Containers {
+		inv.Containers[i].Reason = cut(inv.Containers[i].Reason)
+	}
+	return inv, nil
 }
 
 // Events implements sdk.Runtime.
@@ -197,5 +238,9 @@ func (c *runtimeClient) Exec(ctx context.Context, r sdk.ExecRequest) (sdk.ExecRe
 	if err != nil {
 		return sdk.ExecResult{}, c.p.explain(ctx, c.op("exec in "+r.Attempt.String()), err)
 	}
-	return bridge.FromExecResult(a), nil
+	result := bridge.FromExecResult(a)
+	if most := cmp.Or(max(r.MaxOutput, 0), 4096); len(result.Output) > most {
+		result.Output = bytes.Clone(result.Output[len(result.Output)-most:]) // or all of it would be held
+	}
+	return result, nil
 }

@@ -79,7 +79,8 @@ func (b *bench) name() string { return filepath.Base(b.opts.executable) }
 
 func (b *bench) hostOptions() host.Options {
 	return host.Options{
-		Path: b.opts.executable, Name: b.name(), SocketDir: b.sock, Config: b.dirs, Env: []string{b.mark},
+		KeepLeftovers: true, // an agent kills them; that they are there is a defect
+		Path:          b.opts.executable, Name: b.name(), SocketDir: b.sock, Config: b.dirs, Env: []string{b.mark},
 		StartTimeout: b.patience(15 * time.Second),
 		Logger:       slog.New(slog.NewTextHandler(logWriter{b.t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}

@@ -126,7 +126,7 @@ func Run(ctx context.Context, p sdk.Plugin, o Options) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("make room for the socket: %w", err)
 	}
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return fmt.Errorf("listen for the host: %w", err)
 	}
@@ -135,7 +135,7 @@ func Run(ctx context.Context, p sdk.Plugin, o Options) error {
 	s := newServer(ctx, stop, p)
 
 	served := make(chan error, 1)
-	go func() { served <- s.grpc.Serve(l) }()
+	go func() { served <- s.grpc.Serve(hostOnly{l}) }()
 	line := handshake.Line(pickVersion(o.HostVersions), "unix", path)
 	if err := o.Announce(line); err != nil {
 		s.grpc.Stop()

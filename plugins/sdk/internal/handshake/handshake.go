@@ -21,6 +21,9 @@ const (
 	// plugin's stdin is a pipe only the host holds the other end of.
 	LifelineKey   = "BELAY_PLUGIN_LIFELINE"
 	LifelineStdin = "stdin"
+
+	// OutliveKey: see serve.OutliveKey.
+	OutliveKey = "BELAY_PLUGIN_OUTLIVE"
 )
 
 // HealthService is the name go-plugin asks the health service about.
