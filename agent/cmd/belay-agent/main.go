@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/belay-edge/belay/agent/internal/host"
+	"github.com/belay-edge/belay/agent/internal/system"
 )
 
 // stageArg makes this program what becomes a confined plugin. It is for the
@@ -24,6 +25,9 @@ const stageArg = "plugin-stage"
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == stageArg {
 		os.Exit(host.Stage(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == "run" {
+		system.SmallPages()
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
