@@ -160,7 +160,7 @@ func TestCDIRefusals(t *testing.T) {
 		{"no such node", device(`"deviceNodes":[{"path":"/dev/no-such"}]`), sdk.NotFound, []string{"/dev/no-such", "plugged in"}},
 		{"a node of another number", device(`"deviceNodes":[{"path":"/dev/null","type":"c","major":1,"minor":5}]`), sdk.Unavailable, []string{"1:3", "1:5"}},
 		{"a mode the host's node lacks", device(`"deviceNodes":[{"path":"/dev/x","hostPath":"` + node + `","fileMode":438}]`), sdk.Unsupported, []string{"0666", "0600", "udev"}},
-		{"an owner the host's node does not have", device(`"deviceNodes":[{"path":"/dev/x","hostPath":"` + node + `","uid":1000}]`), sdk.Unsupported, []string{"1000", "udev"}},
+		{"an owner the host's node does not have", device(`"deviceNodes":[{"path":"/dev/x","hostPath":"` + node + `","uid":54321}]`), sdk.Unsupported, []string{"54321", "udev"}},
 		{"a node without permissions", device(`"deviceNodes":[{"path":"/dev/null","permissions":"none"}]`), sdk.Unsupported, []string{"/dev/null"}},
 		{"a network device", device(`"netDevices":[{"hostInterfaceName":"eth7","name":"eth0"}]`), sdk.Unsupported, []string{"eth7"}},
 		{"a class of cache", device(`"intelRdt":{"closID":"x"}`), sdk.Unsupported, []string{"intelRdt"}},
