@@ -56,7 +56,7 @@ lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
 	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && export CGO_ENABLED=0 GOFLAGS="$(FLAGS)" && go mod tidy -diff >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
 
 test-teeth: ## for each rule for runtimes, one that breaks it and no other (minutes)
-	BELAY_TEST_TEETH=1 go test -count=1 -timeout 15m -run '^TestRuntimeSuiteHasTeeth$$' ./plugins/process
+	BELAY_TEST_TEETH=1 go test -v -count=1 -timeout 15m -run '^TestRuntimeSuiteHasTeeth$$' ./plugins/process
 
 test-systemd: ## the process plugin and plugins' limits with a real systemd: the host's, or one booted in a container
 	BELAY_TEST_NSPAWN=1 go test -count=1 -timeout 15m -run '^TestConformanceSystemd$$' -v ./plugins/process
