@@ -329,8 +329,12 @@ func (a *Agent) Held() (incarnation string, sequence uint64) {
 func (a *Agent) Assign(ctx context.Context, incarnation string, full bool, set []*wire.Assignment, sequence uint64) error {
 	var err error
 	asked := a.ask(ctx, func(s *State) {
+		doubted := !s.trusted
 		err = s.assign(a.cfg.Journal, incarnation, full, set, sequence, a.cfg.Clock.Now())
 		a.logAssign(err)
+		if doubted && s.trusted {
+			a.cfg.Logger.Info("the control plane has sent everything again: nothing of what was damaged is missing any more")
+		}
 		if err == nil {
 			a.hold()
 			a.cfg.Uplink.AckAssignments(incarnation, sequence)

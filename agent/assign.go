@@ -13,6 +13,7 @@ import (
 // returned, only when all of it is on stable storage.
 func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Assignment, sequence uint64, now time.Duration) error {
 	var failed error
+	vouched := s.vouches(incarnation)
 	named := make(map[string]bool, len(set))
 	for _, a := range set {
 		named[a.GetTaskId()] = true
@@ -32,7 +33,6 @@ func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Ass
 	if failed != nil {
 		return failed
 	}
-	same := s.Applied.Incarnation == incarnation
 	before := s.Applied
 	s.Applied = Applied{Incarnation: incarnation, Sequence: sequence}
 	if err := s.flush(j, now, true); err != nil {
@@ -40,9 +40,7 @@ func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Ass
 		return err
 	}
 	if full {
-		// Everything the control plane wants here is known again.
-		s.trusted = s.trusted || same
-		s.resync = false
+		s.resent(vouched) // everything the control plane wants here is known again
 	}
 	return nil
 }
@@ -68,13 +66,15 @@ func (s *State) assignOne(j Journal, incarnation string, a *wire.Assignment) err
 		if a.GetRemoved() {
 			return nil // nothing to stop, nothing to forget
 		}
+		if _, ok := s.mislaid[id]; ok && a.GetSpec() == nil {
+			return nil // meant for one who holds it; the whole set has been asked for
+		}
 		if err := j.SaveAssignment(a); err != nil {
 			return err // it names the task and the file
 		}
-		t = newTask(a)
-		s.add(t)
+		t = s.admit(a)
 	}
-	t.Origin = incarnation
+	t.Origin, t.unsure = incarnation, false
 	if stop {
 		t.wish(&Desired{Status: Stopped, Reason: a.GetStopReason(), Sequence: a.GetSequence(), Removed: a.GetRemoved()})
 	}
@@ -118,6 +118,12 @@ func (s *State) write(j Journal, now time.Duration, force bool) (wrote bool, err
 		a := s.Applied
 		add(Record{Applied: &a}, func() { s.savedApplied = a })
 	}
+	if s.over {
+		add(Record{Doubt: &Doubt{Cleared: true}}, func() { s.over = false })
+	}
+	if len(s.unneeded) > 0 {
+		s.forgetUnneeded(j)
+	}
 	var forget []string
 	for _, t := range s.Tasks {
 		if t.forgotten {
@@ -126,10 +132,10 @@ func (s *State) write(j Journal, now time.Duration, force bool) (wrote bool, err
 		}
 		t.unsaved(add)
 	}
-	if len(records) == 0 && len(forget) == 0 {
+	if len(records) == 0 && len(forget) == 0 && s.journal.failures == 0 {
 		return false, nil
 	}
-	if len(records) > 0 {
+	if len(records) > 0 || len(forget) == 0 { // without any: whether it works again
 		if err := j.Append(records...); err != nil {
 			s.journal.fail(now, s.jitter(), err)
 			return false, fmt.Errorf("write state: %w", err)

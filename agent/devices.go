@@ -128,7 +128,7 @@ func (t *Task) freed(c *Container) bool { return c.busy == "" && c.Removed && !t
 
 // wantsDevices says that the container's next start needs a choice of devices.
 func (p *planner) wantsDevices(t *Task, c *Container) bool {
-	if len(c.requests) == 0 || t.Stop != nil || t.unwanted() || t.Status == Stopped || c.busy != "" || c.failure != "" {
+	if len(c.requests) == 0 || t.Stop != nil || t.unwanted() || t.unsure || t.Status == Stopped || c.busy != "" || c.failure != "" {
 		return false
 	}
 	switch c.Phase {

@@ -128,6 +128,9 @@ func (s *simulation) unlisted(a sdk.Attempt) bool {
 
 func (s *simulation) assign(full bool, set ...*wire.Assignment) {
 	s.sequence++
+	if s.state.resync && !full {
+		full, set = true, s.all() // it said that it holds nothing
+	}
 	_ = s.state.assign(s.journal, s.incarn, full, set, s.sequence, s.clock.now)
 }
 
@@ -279,6 +282,15 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 			}
 			s.boot()
 			s.ghosts = nil
+		},
+		"damage takes an assignment": func(t *rapid.T) {
+			if s.ids == 0 {
+				t.Skip("none")
+			}
+			if n := id(pick(s.ids, "task")); s.journal.assignments[n] != nil {
+				s.journal.lost[n] = true
+				s.boot()
+			}
 		},
 		"the set is sent again": func(*rapid.T) { s.assign(true, s.all()...) },
 		"a task is to stop": func(t *rapid.T) {

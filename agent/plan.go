@@ -352,7 +352,9 @@ func (p *planner) container(t *Task, rt *runtimeState, c *Container) {
 			return
 		}
 		if c.Phase == phaseNone {
-			p.attempt(t, c)
+			if !t.unsure {
+				p.attempt(t, c)
+			}
 			return
 		}
 		devices, ready := p.devices(c)

@@ -75,6 +75,15 @@ type Record struct {
 	Status  *StatusRecord  `json:"status,omitempty"`
 	// Origin is the incarnation in which the control plane last named the task.
 	Origin string `json:"origin,omitempty"`
+	Doubt  *Doubt `json:"doubt,omitempty"`
+}
+
+// Doubt is that saved state was damaged: there may be tasks and wishes that
+// the agent does not know of any more. It lasts across restarts, until the
+// control plane has sent everything again.
+type Doubt struct {
+	Problems []string `json:"problems,omitempty"`
+	Cleared  bool     `json:"cleared,omitempty"` // it is over
 }
 
 // Applied is the last assignment set that was taken over whole.
@@ -136,12 +145,18 @@ type StatusRecord struct {
 type Saved struct {
 	Applied Applied
 	Tasks   []SavedTask
-	// Problems are damaged records that were set aside, one sentence each.
+	// Problems are damaged records that were set aside, now or at an earlier
+	// start, one sentence each. While there are any, Saved may not be all.
 	Problems []string
+	// Unwritable says why nothing can be written now; empty when it can.
+	Unwritable string
 }
 
 // SavedTask is one task as it was persisted.
 type SavedTask struct {
+	// ID is the task's when its Assignment is nil: damaged, or not to be read.
+	// The rest is what is known of it all the same.
+	ID         string
 	Assignment *wire.Assignment
 	Origin     string
 	Desired    *Desired

@@ -200,6 +200,9 @@ func (s *State) note(t *Task) string {
 		if t.retry.failures > 0 {
 			notes = append(notes, "will try again: "+t.retry.err)
 		}
+		if t.unsure {
+			notes = append(notes, "saved state was damaged and does not tell whether it ran already: waiting for the control plane")
+		}
 		for _, c := range t.Containers {
 			if n := c.note(t); n != "" {
 				notes = append(notes, c.Spec.GetName()+": "+n)

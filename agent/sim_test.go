@@ -262,10 +262,11 @@ type simJournal struct {
 	broken      bool // errors
 	liar        bool // errors, after it was written all the same
 	everBroken  bool
+	lost        map[string]bool // assignments that damage took
 }
 
 func newSimJournal() *simJournal {
-	return &simJournal{assignments: map[string]*wire.Assignment{}, forgotten: map[string]bool{}}
+	return &simJournal{assignments: map[string]*wire.Assignment{}, forgotten: map[string]bool{}, lost: map[string]bool{}}
 }
 
 func (j *simJournal) err() error {
@@ -280,6 +281,7 @@ func (j *simJournal) SaveAssignment(a *wire.Assignment) error {
 	if !j.broken {
 		j.assignments[a.GetTaskId()] = a
 		delete(j.forgotten, a.GetTaskId())
+		delete(j.lost, a.GetTaskId())
 	}
 	return j.err()
 }
@@ -296,6 +298,7 @@ func (j *simJournal) ForgetTask(id string) error {
 		delete(j.assignments, id)
 		j.records = slices.DeleteFunc(j.records, func(r Record) bool { return r.Task == id })
 		j.forgotten[id] = true
+		delete(j.lost, id)
 	}
 	return j.err()
 }
@@ -322,6 +325,10 @@ func (j *simJournal) saved() Saved {
 	var ids []string
 	for id, a := range j.assignments {
 		tasks[id] = &SavedTask{Assignment: a}
+		if j.lost[id] {
+			tasks[id] = &SavedTask{ID: id}
+			s.Problems = append(s.Problems, "the assignment of "+id+" is damaged")
+		}
 		attempts[id] = map[string]AttemptRecord{}
 		ids = append(ids, id)
 	}

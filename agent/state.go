@@ -25,6 +25,7 @@ type State struct {
 	trusted bool
 	// resync: tell the control plane that nothing is held, to get it all.
 	resync bool
+	doubt
 
 	savedApplied Applied
 	tick         uint64 // grows with every begin and end of a call
@@ -92,7 +93,17 @@ func newState(l Limits, bootID string, saved Saved, now time.Duration, jitter fu
 		began: now, trusted: len(saved.Problems) == 0, resync: len(saved.Problems) > 0, jitter: jitter,
 	}
 	for _, st := range saved.Tasks {
+		if st.Assignment == nil {
+			s.mislay(st)
+			continue
+		}
 		s.load(st, now)
+	}
+	if !s.trusted {
+		s.doubtTasks()
+	}
+	if saved.Unwritable != "" {
+		s.journal = retry{failures: 1, since: now, at: now, err: saved.Unwritable}
 	}
 	return s
 }
@@ -169,14 +180,22 @@ func (s *State) add(t *Task) {
 		t.inRuntime = true
 		delete(rt.tasks, t.ID)
 	}
-	if slices.ContainsFunc(t.Containers, func(c *Container) bool {
-		return slices.ContainsFunc(strayAttempts(rt), func(a sdk.Attempt) bool {
-			return a.Task == t.ID && a.Container == c.Spec.GetName()
-		})
-	}) {
+	ours := false
+	for _, a := range strayAttempts(rt) {
+		if a.Task != t.ID || t.container(a.Container) == nil {
+			continue
+		}
+		ours = true
+		if rt.strays[a].busy == "" {
+			delete(rt.strays, a) // else it would be ended as nobody's
+		}
+	}
+	if ours {
 		rt.want(0) // the next List hands them over
 		for _, c := range t.Containers {
-			c.Phase = phaseUnknown
+			if c.Phase != phaseExited {
+				c.Phase = phaseUnknown
+			}
 		}
 	}
 }

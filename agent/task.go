@@ -37,6 +37,7 @@ type Task struct {
 	stoppedAt    time.Duration // of this life: when it was seen stopped
 	stopDeadline time.Duration // clean-up after exit may delay STOPPED until then
 	forgotten    bool          // outputs and volumes are gone
+	unsure       bool          // damage may hide that it ran already: see doubt
 
 	saved struct {
 		status  StatusRecord

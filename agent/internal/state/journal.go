@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/belay-edge/belay/agent"
 	"github.com/belay-edge/belay/controlplane/wire"
@@ -28,6 +29,7 @@ const (
 	tasksDir   = "tasks"
 	damagedDir = "damaged"
 	assignment = "assignment"
+	lockName   = "lock"
 	tmpSuffix  = ".tmp"
 
 	// The log is rewritten once it is this large and mostly history.
@@ -41,22 +43,28 @@ type Journal struct {
 	lock io.Closer
 	live *live
 
-	log       file
+	log       file  // nil until it could be opened
 	size      int64 // of the log, all of it acknowledged
 	liveSize  int64 // as of the last rewrite
 	rewrite   bool  // the log's end is in doubt: write a new one first
 	forgotten map[string]bool
+	// lost: the task is on record and its assignment cannot be had from what
+	// is in its place. That is left as it is until it is replaced or the task
+	// forgotten, so that the next start knows of it, too.
+	lost map[string]bool
 }
 
 var _ agent.Journal = (*Journal)(nil)
 
 // Open takes the state directory, made if missing, and reads what it holds.
-// Damage is no error: it is set aside and told in Saved.Problems.
+// Damage is no error: it is set aside and told in Saved.Problems. Nor is a disk
+// that cannot be written, told in Saved.Unwritable: what is held is there all
+// the same, and each later call tries the disk again.
 func Open(dir string) (*Journal, agent.Saved, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, agent.Saved{}, fmt.Errorf("make the state directory: %w", err)
 	}
-	l, err := lock(filepath.Join(dir, "lock"))
+	l, err := lock(dir)
 	if err != nil {
 		return nil, agent.Saved{}, err
 	}
@@ -98,18 +106,35 @@ func (j *Journal) SaveAssignment(a *wire.Assignment) error {
 			return fmt.Errorf("save assignment of task %s: %w", id, err)
 		}
 	}
-	dir := filepath.Join(tasksDir, id)
-	if err := j.fs.mkdir(dir); err != nil {
-		return fmt.Errorf("save assignment of task %s: %w", id, err)
+	err = j.putAssignment(id, b)
+	if err != nil && j.lost[id] && !full(err) {
+		// What is in its place may be no file, or below no directory.
+		if j.moveAside(filepath.Join(tasksDir, id)) == nil {
+			err = j.putAssignment(id, b)
+		}
 	}
-	if err := j.replace(filepath.Join(dir, assignment), b); err != nil {
-		return fmt.Errorf("save assignment of task %s: %w", id, err)
-	}
-	if err := j.fs.syncDir(tasksDir); err != nil {
+	if err != nil {
 		return fmt.Errorf("save assignment of task %s: %w", id, err)
 	}
 	j.live.task(id).assignment = a
+	delete(j.lost, id)
 	return nil
+}
+
+func (j *Journal) putAssignment(id string, content []byte) error {
+	dir := filepath.Join(tasksDir, id)
+	if err := j.fs.mkdir(dir); err != nil {
+		return err
+	}
+	if err := j.replace(filepath.Join(dir, assignment), content); err != nil {
+		return err
+	}
+	return j.fs.syncDir(tasksDir)
+}
+
+// full says that the disk does not take anything now: no matter what.
+func full(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS)
 }
 
 // replace puts content under a name: temporary file, sync, rename, sync of
@@ -142,11 +167,16 @@ func (j *Journal) write(name string, content []byte) error {
 	return f.Close()
 }
 
-// Append writes records, all of them with one fsync.
+// Append writes records, all of them with one fsync: after a power cut all of
+// them are there or none. Without any it only makes sure that the log can be
+// written.
 func (j *Journal) Append(records ...agent.Record) error {
+	if len(records) == 0 {
+		return j.compact()
+	}
 	entries := make([]entry, 0, len(records))
-	for _, r := range records {
-		entries = append(entries, entry{Record: r})
+	for i, r := range records {
+		entries = append(entries, entry{Record: r, At: i, More: i < len(records)-1})
 	}
 	if err := j.append(entries...); err != nil {
 		return err
@@ -179,8 +209,10 @@ func (j *Journal) append(entries ...entry) error {
 		return fmt.Errorf("append to the log: %w", err)
 	}
 	if err := j.log.Sync(); err != nil {
-		// After a failed fsync nobody knows what is on disk, and a second one
-		// may lie: begin a new file.
+		// After a failed fsync nobody knows what is on disk, a second one may
+		// lie, and reading shows what is only in memory: begin a new file. Should
+		// the agent end before, its next life must not see this as written.
+		_ = j.log.Truncate(j.size)
 		j.rewrite = true
 		return fmt.Errorf("sync the log: %w", err)
 	}
@@ -189,6 +221,7 @@ func (j *Journal) append(entries ...entry) error {
 		j.live.apply(e)
 		if e.Forget {
 			j.forgotten[e.Task] = true
+			delete(j.lost, e.Task)
 		} else if e.Kept {
 			delete(j.forgotten, e.Task)
 		}
@@ -210,15 +243,17 @@ func (j *Journal) ForgetTask(id string) error {
 
 func (j *Journal) removeTask(id string) error {
 	dir := filepath.Join(tasksDir, id)
-	for _, step := range []func() error{
-		func() error { return j.fs.remove(filepath.Join(dir, assignment+tmpSuffix)) },
-		func() error { return j.fs.remove(filepath.Join(dir, assignment)) },
-		func() error {
-			if err := j.fs.syncDir(dir); !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
+	// In the place of the directory there may be anything, after damage.
+	below := func(err error) error {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 			return nil
-		},
+		}
+		return err
+	}
+	for _, step := range []func() error{
+		func() error { return below(j.fs.remove(filepath.Join(dir, assignment+tmpSuffix))) },
+		func() error { return below(j.fs.remove(filepath.Join(dir, assignment))) },
+		func() error { return below(j.fs.syncDir(dir)) },
 		func() error { return j.fs.remove(dir) },
 		func() error { return j.fs.syncDir(tasksDir) },
 	} {

@@ -16,7 +16,9 @@ import (
 // live is what the log and the assignments add up to.
 type live struct {
 	applied *agent.Applied
+	doubt   *agent.Doubt
 	tasks   map[string]*liveTask
+	newer   newer
 }
 
 type liveTask struct {
@@ -36,11 +38,19 @@ func (l *live) task(id string) *liveTask {
 	return t
 }
 
+func newLive() *live { return &live{tasks: map[string]*liveTask{}} }
+
 func (l *live) apply(e entry) {
+	l.newer.apply(e)
 	switch {
 	case e.Applied != nil:
 		a := *e.Applied
 		l.applied = &a
+	case e.Doubt != nil:
+		l.doubt = e.Doubt
+		if e.Doubt.Cleared {
+			l.doubt = nil
+		}
 	case e.Task == "":
 	case e.Forget:
 		delete(l.tasks, e.Task)
@@ -61,9 +71,16 @@ func (l *live) apply(e entry) {
 // entries say the same again in as few records as possible.
 func (l *live) entries() []entry {
 	var out []entry
-	add := func(r agent.Record) { out = append(out, entry{Record: r}) }
+	add := func(r agent.Record) {
+		e := entry{Record: r}
+		e.raw = l.newer.extended[sortOf(e)]
+		out = append(out, e)
+	}
 	if l.applied != nil {
 		add(agent.Record{Applied: l.applied})
+	}
+	if l.doubt != nil {
+		add(agent.Record{Doubt: l.doubt})
 	}
 	for _, id := range slices.Sorted(maps.Keys(l.tasks)) {
 		t := l.tasks[id]
@@ -81,7 +98,7 @@ func (l *live) entries() []entry {
 			add(agent.Record{Task: id, Attempt: &a})
 		}
 	}
-	return out
+	return append(out, l.newer.unknown...)
 }
 
 func (l *live) saved() agent.Saved {
@@ -92,6 +109,9 @@ func (l *live) saved() agent.Saved {
 	for _, id := range slices.Sorted(maps.Keys(l.tasks)) {
 		t := l.tasks[id]
 		st := agent.SavedTask{Assignment: t.assignment, Origin: t.origin, Desired: t.desired, Status: t.status}
+		if t.assignment == nil {
+			st.ID = id
+		}
 		for _, c := range slices.Sorted(maps.Keys(t.attempts)) {
 			st.Attempts = append(st.Attempts, t.attempts[c])
 		}
@@ -100,56 +120,85 @@ func (l *live) saved() agent.Saved {
 	return s
 }
 
-// open reads a state directory and makes it ready to be written.
+// open reads a state directory and makes it ready to be written, if it can.
 func open(fsys fileSystem) (*Journal, agent.Saved, error) {
-	j := &Journal{fs: fsys, live: &live{tasks: map[string]*liveTask{}}, forgotten: map[string]bool{}}
-	if err := fsys.mkdir(tasksDir); err != nil {
-		return nil, agent.Saved{}, err
-	}
-	var problems []string
+	j := &Journal{fs: fsys, live: newLive(), forgotten: map[string]bool{}, lost: map[string]bool{}}
 	raw, err := fsys.read(logName)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, agent.Saved{}, fmt.Errorf("read the log: %w", err)
+	log, replayErr := replay(raw)
+	if replayErr != nil {
+		return nil, agent.Saved{}, fmt.Errorf("the log was %w: use that agent, or an empty state directory", replayErr)
 	}
-	log, err := replay(raw)
-	if err != nil {
-		return nil, agent.Saved{}, fmt.Errorf("the log was %w: use that agent, or an empty state directory", err)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		log.damage = append([]string{"it cannot be read: " + err.Error()}, log.damage...)
 	}
 	for _, e := range log.entries {
 		j.live.apply(e)
 		switch {
 		case e.Forget:
-			j.forgotten[e.Task] = true
+			if validName(e.Task) {
+				j.forgotten[e.Task] = true
+			}
 		case e.Task != "":
 			delete(j.forgotten, e.Task)
 		}
 	}
+	var problems []string
 	if len(log.damage) > 0 {
 		where := j.setAside(logName, raw)
 		for _, d := range log.damage {
 			problems = append(problems, fmt.Sprintf("the log of the agent's state: %s; a copy is in %s", d, where))
 		}
 	}
-	bad, err := j.loadAssignments()
-	if err != nil {
-		return nil, agent.Saved{}, err
+	// What is damaged stays in its place; only of the log, which is written
+	// anew, nothing would be left to tell the next start.
+	if len(problems) > 0 {
+		j.live.doubt = doubt(j.live.doubt, problems)
 	}
-	problems = append(problems, bad...)
+	if j.live.doubt != nil {
+		problems = slices.Clone(j.live.doubt.Problems)
+	}
+	problems = append(problems, j.loadAssignments()...)
 
 	// A log with history, a torn tail or damage is written anew; one that
 	// holds just what counts is left as it is, to spare the flash.
-	if err := j.settle(raw, log); err != nil {
-		return nil, agent.Saved{}, err
-	}
+	unwritable := j.settle(raw, log)
 	saved := j.live.saved()
 	saved.Problems = problems
+	if unwritable != nil {
+		j.rewrite = true
+		saved.Unwritable = unwritable.Error()
+	}
 	return j, saved, nil
+}
+
+// mostProblems is how many sentences a doubt keeps: the first tell the most.
+const mostProblems = 10
+
+func doubt(before *agent.Doubt, problems []string) *agent.Doubt {
+	d := &agent.Doubt{}
+	if before != nil {
+		d.Problems = slices.Clone(before.Problems)
+	}
+	for _, p := range problems {
+		if len(d.Problems) < mostProblems && !slices.Contains(d.Problems, p) {
+			d.Problems = append(d.Problems, p)
+		}
+	}
+	return d
 }
 
 // settle makes the log writable. On a full disk a whole log is used as it is.
 func (j *Journal) settle(raw []byte, log replayed) error {
+	if _, err := j.fs.list(tasksDir); errors.Is(err, fs.ErrNotExist) {
+		if err := j.fs.mkdir(tasksDir); err != nil {
+			return fmt.Errorf("make the directory of tasks: %w", err)
+		}
+		if err := j.fs.syncDir("."); err != nil {
+			return fmt.Errorf("make the directory of tasks: %w", err)
+		}
+	}
 	whole := len(raw) > 0 && log.good == len(raw) && len(log.damage) == 0
-	if whole && len(j.forgotten) == 0 && len(log.entries) <= compactRatio*len(j.live.entries()) {
+	if whole && len(j.forgotten) == 0 && len(log.entries) <= compactRatio*len(j.live.entries())+1 {
 		f, err := j.fs.open(logName)
 		if err != nil {
 			return fmt.Errorf("open the log: %w", err)
@@ -176,16 +225,18 @@ func (j *Journal) settle(raw []byte, log replayed) error {
 	return fmt.Errorf("write the log: %w", err)
 }
 
-// loadAssignments reads every task's assignment and sets bad ones aside.
-func (j *Journal) loadAssignments() (problems []string, err error) {
+// loadAssignments reads every task's assignment. What is bad is copied aside
+// and left as it is: the task is one of those held, though nobody can tell
+// what it is.
+func (j *Journal) loadAssignments() (problems []string) {
 	ids, err := j.fs.list(tasksDir)
-	if err != nil {
-		return nil, fmt.Errorf("list the tasks: %w", err)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		problems = append(problems, fmt.Sprintf("the tasks cannot be listed: %v", err))
 	}
 	slices.Sort(ids)
 	for _, id := range ids {
-		if j.forgotten[id] {
-			continue // compact removes it
+		if j.forgotten[id] || !validName(id) {
+			continue // compact removes it; or it is someone else's
 		}
 		name := filepath.Join(tasksDir, id, assignment)
 		b, err := j.fs.read(name)
@@ -196,68 +247,35 @@ func (j *Journal) loadAssignments() (problems []string, err error) {
 			}
 			continue
 		}
-		var a *wire.Assignment
-		if err == nil {
-			a, err = decodeAssignment(b)
+		unread := err
+		a, err := decodeAssignment(b)
+		if a != nil && a.GetTaskId() != id {
+			a, err = nil, fmt.Errorf("it is that of task %q", a.GetTaskId())
 		}
-		if errors.Is(err, errNewer) {
-			return nil, fmt.Errorf("the assignment of task %s was %w: use that agent, or an empty state directory", id, err)
-		}
-		if err == nil && a.GetTaskId() != id {
-			err = fmt.Errorf("it is that of task %s", a.GetTaskId())
+		if unread != nil {
+			err = unread
 		}
 		if err != nil {
-			where := j.setAside(filepath.Join(tasksDir, id, assignment), b)
-			problems = append(problems, fmt.Sprintf("the assignment of task %s is damaged (%s); a copy is in %s", id, err, where))
-			delete(j.live.tasks, id)
-			j.forgotten[id] = true
+			problems = append(problems, fmt.Sprintf("the assignment of task %s is damaged (%s); a copy is in %s", id, err, j.setAside(name, b)))
+		}
+		if a == nil {
+			j.lost[id] = true
+			j.live.task(id)
 			continue
 		}
 		j.live.task(id).assignment = a
+		if err != nil {
+			// Only what stands before it is damaged. Failing, it is tried again.
+			if whole, err := encodeAssignment(a); err == nil {
+				_ = j.putAssignment(id, whole)
+			}
+		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(j.live.tasks)) {
-		if j.live.tasks[id].assignment == nil {
+		if j.live.tasks[id].assignment == nil && !j.lost[id] {
 			problems = append(problems, fmt.Sprintf("the assignment of task %s is missing", id))
-			delete(j.live.tasks, id)
-			j.forgotten[id] = true
+			j.lost[id] = true
 		}
 	}
-	for id := range j.forgotten {
-		if !validName(id) {
-			delete(j.forgotten, id) // a stray file of someone else
-		}
-	}
-	return problems, nil
-}
-
-// setAside keeps a copy of damaged content for a person to look at, and says
-// where. It is best effort: a full disk must not stop the agent.
-func (j *Journal) setAside(name string, content []byte) string {
-	if err := j.fs.mkdir(damagedDir); err != nil {
-		return "no place: " + err.Error()
-	}
-	flat := ""
-	for _, r := range filepath.ToSlash(name) {
-		if r == '/' {
-			r = '-'
-		}
-		flat += string(r)
-	}
-	taken, err := j.fs.list(damagedDir)
-	if err != nil {
-		return "no place: " + err.Error()
-	}
-	// A device that damages its disk again and again must not fill it so.
-	const most = 20
-	for n := 1; n <= most; n++ {
-		to := fmt.Sprintf("%s.%d", flat, n)
-		if slices.Contains(taken, to) {
-			continue
-		}
-		if err := j.write(filepath.Join(damagedDir, to), content); err != nil {
-			return "no place: " + err.Error()
-		}
-		return filepath.Join(damagedDir, to)
-	}
-	return fmt.Sprintf("no place: %s holds %d copies already", damagedDir, most)
+	return problems
 }
