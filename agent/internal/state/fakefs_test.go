@@ -13,195 +13,398 @@ import (
 
 var errCut = errors.New("the power is off")
 
-// fakeFS is a disk with a cache: what was not synced may be lost, in part, by
-// a power cut. At operation failAt it fails in the way of mode.
-type fakeFS struct {
-	names   map[string]*inode // as the system sees them
-	durable map[string]*inode // as the disk has them
-	ops     int
-	failAt  int // 0: never
-	mode    string
-	off     bool
-	rng     *rand.Rand
+const sector = 512
+
+// simDisk is a disk behind a cache, as hard on its user as the rules allow. What
+// is written to a file lasts only once the file was synced, what happens to
+// names only once their directory was; until then a power cut keeps any sectors
+// of any version, any size the file had, and any of the changes of names. A
+// sync that fails keeps nothing and is not made up for by the next one.
+type simDisk struct {
+	root *dirNode
+	rng  *rand.Rand
+	// garbage: sectors never written hold anything, not zeros.
+	garbage bool
+
+	ops    int
+	cutAt  int                   // the operation during which power goes; 0: never
+	faults map[int]syscall.Errno // by operation
+	// stuck is what every operation that changes anything answers, and unread
+	// what reading a name does.
+	stuck  syscall.Errno
+	unread map[string]syscall.Errno
+	off    bool
 }
 
-type inode struct{ data, synced []byte }
-
-func newFakeFS() *fakeFS {
-	return &fakeFS{names: map[string]*inode{}, durable: map[string]*inode{}, rng: rand.New(rand.NewPCG(1, 1))}
+type dirNode struct {
+	seen, durable map[string]any // *fileNode or *dirNode
+	pending       []map[string]any
 }
 
-// fail counts an operation and says how it goes wrong, if it does.
-func (f *fakeFS) fail() error {
-	if f.off {
-		return errCut
-	}
-	f.ops++
-	if f.ops != f.failAt {
-		return nil
-	}
-	switch f.mode {
-	case "cut":
-		f.off = true
-		return errCut
-	case "full":
-		return syscall.ENOSPC
-	}
-	return syscall.EIO
-}
+func newDir() *dirNode { return &dirNode{seen: map[string]any{}, durable: map[string]any{}} }
 
-func (f *fakeFS) create(name string) (file, error) {
-	if err := f.fail(); err != nil {
-		return nil, err
-	}
-	n := &inode{}
-	f.names[name] = n
-	return &fakeFile{f, n}, nil
-}
-
-func (f *fakeFS) open(name string) (file, error) {
-	if err := f.fail(); err != nil {
-		return nil, err
-	}
-	n := f.names[name]
-	if n == nil {
-		return nil, fs.ErrNotExist
-	}
-	return &fakeFile{f, n}, nil
-}
-
-func (f *fakeFS) read(name string) ([]byte, error) {
-	if f.off {
-		return nil, errCut
-	}
-	n := f.names[name]
-	if n == nil {
-		return nil, fs.ErrNotExist
-	}
-	return slices.Clone(n.data), nil
-}
-
-func (f *fakeFS) rename(from, to string) error {
-	if err := f.fail(); err != nil {
-		return err
-	}
-	f.names[to] = f.names[from]
-	delete(f.names, from)
-	return nil
-}
-
-func (f *fakeFS) remove(name string) error {
-	if err := f.fail(); err != nil {
-		return err
-	}
-	delete(f.names, name)
-	return nil
-}
-
-func (f *fakeFS) mkdir(string) error { return f.fail() }
-
-func (f *fakeFS) list(dir string) ([]string, error) {
-	if f.off {
-		return nil, errCut
-	}
-	seen := map[string]bool{}
-	for name := range f.names {
-		if rest, ok := strings.CutPrefix(name, dir+"/"); ok {
-			seen[strings.Split(rest, "/")[0]] = true
+// change notes names that change together; nil: gone.
+func (d *dirNode) change(c map[string]any) {
+	for name, n := range c {
+		if n == nil {
+			delete(d.seen, name)
+		} else {
+			d.seen[name] = n
 		}
 	}
-	return slices.Sorted(maps.Keys(seen)), nil
+	d.pending = append(d.pending, c)
 }
 
-func (f *fakeFS) syncDir(dir string) error {
-	if err := f.fail(); err != nil {
-		return err
-	}
-	for name := range f.durable {
-		if filepath.Dir(name) == dir && f.names[name] == nil {
-			delete(f.durable, name)
-		}
-	}
-	for name, n := range f.names {
-		if filepath.Dir(name) == dir {
-			f.durable[name] = n
-		}
-	}
-	return nil
+type fileNode struct {
+	data    []byte
+	history [][]byte     // what may be on disk, oldest first; the last is data
+	dirty   map[int]bool // sectors written since the last sync
+	lost    map[int]bool // sectors a failed sync took for written
 }
 
-// reboot is the disk after a power cut: every name and every unsynced byte
-// may have made it or not.
-func (f *fakeFS) reboot() *fakeFS {
-	out := newFakeFS()
-	after := map[*inode]*inode{}
-	survive := func(n *inode) *inode {
-		if after[n] == nil {
-			data := slices.Clone(n.synced)
-			if tail := n.data; len(tail) > len(n.synced) && slices.Equal(tail[:len(n.synced)], n.synced) {
-				whole := len(tail) - len(n.synced)
-				grown := f.rng.IntN(whole + 1)
-				part := slices.Clone(tail[len(n.synced) : len(n.synced)+grown])
-				if f.rng.IntN(3) == 0 {
-					clear(part[len(part)/2:]) // the size was written, the block was not
-				}
-				data = append(data, part...)
-			} else if f.rng.IntN(2) == 0 {
-				data = slices.Clone(n.data)
+func newFile(data []byte) *fileNode {
+	return &fileNode{data: data, history: [][]byte{data}, dirty: map[int]bool{}, lost: map[int]bool{}}
+}
+
+func (f *fileNode) put(data []byte, from int) {
+	f.data = data
+	f.history = append(f.history, data)
+	for s := from / sector; s*sector < len(data); s++ {
+		f.dirty[s] = true
+		delete(f.lost, s)
+	}
+}
+
+func (f *fileNode) sync(fails bool) {
+	if fails {
+		maps.Copy(f.lost, f.dirty)
+		clear(f.dirty)
+		return
+	}
+	old := f.history[0]
+	clear(f.dirty)
+	base := slices.Clone(f.data)
+	for s := range f.lost {
+		for i := s * sector; i < min((s+1)*sector, len(base)); i++ {
+			base[i] = 0
+			if i < len(old) {
+				base[i] = old[i]
 			}
-			after[n] = &inode{data: data, synced: slices.Clone(data)}
 		}
-		return after[n]
 	}
-	all := map[string]bool{}
-	for name := range f.names {
-		all[name] = true
+	f.history = [][]byte{base, f.data}
+}
+
+func newSimDisk() *simDisk {
+	return &simDisk{root: newDir(), rng: rand.New(rand.NewPCG(1, 1)), faults: map[int]syscall.Errno{}, unread: map[string]syscall.Errno{}}
+}
+
+// begin counts an operation. cut: it is the last one, of which something may
+// yet happen.
+func (d *simDisk) begin() (cut bool, err error) {
+	if d.off {
+		return false, errCut
 	}
-	for name := range f.durable {
-		all[name] = true
+	if d.ops++; d.ops == d.cutAt {
+		d.off = true
+		return true, nil
 	}
-	for _, name := range slices.Sorted(maps.Keys(all)) {
-		n := f.durable[name]
-		if f.rng.IntN(2) == 0 {
-			n = f.names[name]
+	if d.stuck != 0 {
+		return false, d.stuck
+	}
+	if e := d.faults[d.ops]; e != 0 {
+		return false, e
+	}
+	return false, nil
+}
+
+func (d *simDisk) dir(name string) (*dirNode, error) {
+	at := d.root
+	for _, part := range strings.Split(filepath.Clean(name), "/") {
+		if part == "." {
+			continue
 		}
-		if n != nil {
-			out.names[name] = survive(n)
-			out.durable[name] = out.names[name]
+		switch n := at.seen[part].(type) {
+		case nil:
+			return nil, fs.ErrNotExist
+		case *dirNode:
+			at = n
+		default:
+			return nil, syscall.ENOTDIR
+		}
+	}
+	return at, nil
+}
+
+func (d *simDisk) find(name string) (parent *dirNode, base string, n any, err error) {
+	parent, err = d.dir(filepath.Dir(name))
+	if err != nil {
+		return nil, "", nil, err
+	}
+	base = filepath.Base(name)
+	return parent, base, parent.seen[base], nil
+}
+
+// after is what an operation returns that took effect in the cache.
+func after(cut bool) error {
+	if cut {
+		return errCut
+	}
+	return nil
+}
+
+func (d *simDisk) create(name string) (file, error) {
+	cut, err := d.begin()
+	if err != nil {
+		return nil, err
+	}
+	parent, base, n, err := d.find(name)
+	if err != nil {
+		return nil, err
+	}
+	f, isFile := n.(*fileNode)
+	switch {
+	case n == nil:
+		f = newFile(nil)
+		parent.change(map[string]any{base: f})
+	case isFile:
+		f.put(nil, 0)
+	default:
+		return nil, syscall.EISDIR
+	}
+	return &simFile{d, f}, after(cut)
+}
+
+func (d *simDisk) open(name string) (file, error) {
+	if _, err := d.begin(); err != nil {
+		return nil, err
+	}
+	_, _, n, err := d.find(name)
+	if err != nil {
+		return nil, err
+	}
+	f, ok := n.(*fileNode)
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	return &simFile{d, f}, nil
+}
+
+func (d *simDisk) read(name string) ([]byte, error) {
+	if d.off {
+		return nil, errCut
+	}
+	if e := d.unread[name]; e != 0 {
+		return nil, e
+	}
+	_, _, n, err := d.find(name)
+	if err != nil {
+		return nil, err
+	}
+	switch f := n.(type) {
+	case *fileNode:
+		return slices.Clone(f.data), nil
+	case *dirNode:
+		return nil, syscall.EISDIR
+	}
+	return nil, fs.ErrNotExist
+}
+
+func (d *simDisk) rename(from, to string) error {
+	cut, err := d.begin()
+	if err != nil {
+		return err
+	}
+	fromDir, a, n, err := d.find(from)
+	if err != nil {
+		return err
+	}
+	toDir, b, over, err := d.find(to)
+	if err != nil {
+		return err
+	}
+	if _, isDir := over.(*dirNode); n == nil || isDir {
+		return syscall.EISDIR
+	}
+	if fromDir == toDir {
+		toDir.change(map[string]any{a: nil, b: n})
+	} else {
+		toDir.change(map[string]any{b: n})
+		fromDir.change(map[string]any{a: nil})
+	}
+	return after(cut)
+}
+
+func (d *simDisk) remove(name string) error {
+	cut, err := d.begin()
+	if err != nil {
+		return err
+	}
+	parent, base, n, err := d.find(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || err == nil && n == nil:
+		return after(cut)
+	case err != nil:
+		return err
+	}
+	if sub, ok := n.(*dirNode); ok && len(sub.seen) > 0 {
+		return syscall.ENOTEMPTY
+	}
+	parent.change(map[string]any{base: nil})
+	return after(cut)
+}
+
+func (d *simDisk) mkdir(name string) error {
+	cut, err := d.begin()
+	if err != nil {
+		return err
+	}
+	at := d.root
+	for _, part := range strings.Split(filepath.Clean(name), "/") {
+		switch n := at.seen[part].(type) {
+		case *dirNode:
+			at = n
+		case nil:
+			sub := newDir()
+			at.change(map[string]any{part: sub})
+			at = sub
+		default:
+			return syscall.ENOTDIR
+		}
+	}
+	return after(cut)
+}
+
+func (d *simDisk) list(dir string) ([]string, error) {
+	if d.off {
+		return nil, errCut
+	}
+	if e := d.unread[dir]; e != 0 {
+		return nil, e
+	}
+	n, err := d.dir(dir)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Sorted(maps.Keys(n.seen)), nil
+}
+
+func (d *simDisk) syncDir(dir string) error {
+	cut, err := d.begin()
+	if err != nil {
+		return err
+	}
+	n, err := d.dir(dir)
+	if err != nil || cut {
+		return errors.Join(err, after(cut))
+	}
+	n.durable, n.pending = maps.Clone(n.seen), nil
+	return nil
+}
+
+// reboot is the disk as the next boot may find it.
+func (d *simDisk) reboot(seed uint64) *simDisk {
+	out := newSimDisk()
+	out.rng = rand.New(rand.NewPCG(seed, 7))
+	out.garbage = d.garbage
+	out.root = survive(d.root, out.rng, d.garbage, map[any]any{}).(*dirNode)
+	return out
+}
+
+func survive(n any, rng *rand.Rand, garbage bool, done map[any]any) any {
+	if done[n] != nil {
+		return done[n]
+	}
+	switch n := n.(type) {
+	case *fileNode:
+		f := newFile(n.survive(rng, garbage))
+		done[n] = f
+		return f
+	case *dirNode:
+		names := maps.Clone(n.durable)
+		inOrder, upTo := rng.IntN(2) == 0, rng.IntN(len(n.pending)+1)
+		for i, c := range n.pending {
+			if inOrder && i >= upTo || !inOrder && rng.IntN(2) == 0 {
+				continue
+			}
+			for name, to := range c {
+				if to == nil {
+					delete(names, name)
+				} else {
+					names[name] = to
+				}
+			}
+		}
+		d := newDir()
+		done[n] = d
+		for _, name := range slices.Sorted(maps.Keys(names)) {
+			d.seen[name] = survive(names[name], rng, garbage, done)
+		}
+		d.durable = maps.Clone(d.seen)
+		return d
+	}
+	panic("neither a file nor a directory")
+}
+
+func (f *fileNode) survive(rng *rand.Rand, garbage bool) []byte {
+	size := len(f.history[rng.IntN(len(f.history))])
+	out := make([]byte, size)
+	for at := 0; at < size; at += sector {
+		part := out[at:min(at+sector, size)]
+		from := f.history[rng.IntN(len(f.history))]
+		if at < len(from) {
+			copy(part, from[at:])
+		} else if garbage {
+			for i := range part {
+				part[i] = byte(rng.Uint32())
+			}
 		}
 	}
 	return out
 }
 
-type fakeFile struct {
-	fs *fakeFS
-	n  *inode
+type simFile struct {
+	d *simDisk
+	n *fileNode
 }
 
-func (f *fakeFile) Write(b []byte) (int, error) {
-	if err := f.fs.fail(); err != nil {
-		part := f.fs.rng.IntN(len(b) + 1)
-		f.n.data = append(f.n.data, b[:part]...)
+func (f *simFile) Write(b []byte) (int, error) {
+	before := len(f.n.data)
+	cut, err := f.d.begin()
+	if err != nil && !errors.Is(err, errCut) {
+		part := f.d.rng.IntN(len(b) + 1)
+		f.n.put(append(slices.Clone(f.n.data), b[:part]...), before)
 		return part, err
 	}
-	f.n.data = append(f.n.data, b...)
-	return len(b), nil
+	if err != nil {
+		return 0, err
+	}
+	f.n.put(append(slices.Clone(f.n.data), b...), before)
+	return len(b), after(cut)
 }
 
-func (f *fakeFile) Sync() error {
-	if err := f.fs.fail(); err != nil {
+func (f *simFile) Sync() error {
+	cut, err := f.d.begin()
+	if err != nil {
+		if !errors.Is(err, errCut) {
+			f.n.sync(true)
+		}
 		return err
 	}
-	f.n.synced = slices.Clone(f.n.data)
+	if cut {
+		return errCut
+	}
+	f.n.sync(false)
 	return nil
 }
 
-func (f *fakeFile) Truncate(size int64) error {
-	if err := f.fs.fail(); err != nil {
+func (f *simFile) Truncate(size int64) error {
+	cut, err := f.d.begin()
+	if err != nil {
 		return err
 	}
-	f.n.data = f.n.data[:size]
-	return nil
+	f.n.put(slices.Clone(f.n.data[:size]), int(size))
+	return after(cut)
 }
 
-func (f *fakeFile) Close() error { return nil }
+func (f *simFile) Close() error { return nil }

@@ -48,6 +48,7 @@ type Journal struct {
 	liveSize  int64 // as of the last rewrite
 	rewrite   bool  // the log's end is in doubt: write a new one first
 	forgotten map[string]bool
+	rooted    bool // the names in the state directory are on stable storage
 	// lost: the task is on record and its assignment cannot be had from what
 	// is in its place. That is left as it is until it is replaced or the task
 	// forgotten, so that the next start knows of it, too.
@@ -122,6 +123,9 @@ func (j *Journal) SaveAssignment(a *wire.Assignment) error {
 }
 
 func (j *Journal) putAssignment(id string, content []byte) error {
+	if err := j.makeTasks(); err != nil {
+		return err
+	}
 	dir := filepath.Join(tasksDir, id)
 	if err := j.fs.mkdir(dir); err != nil {
 		return err
@@ -130,6 +134,23 @@ func (j *Journal) putAssignment(id string, content []byte) error {
 		return err
 	}
 	return j.fs.syncDir(tasksDir)
+}
+
+// makeTasks makes sure that the directory of tasks is there, and stays.
+func (j *Journal) makeTasks() error {
+	if j.rooted {
+		return nil
+	}
+	if err := j.fs.mkdir(tasksDir); err != nil {
+		return err
+	}
+	return j.syncRoot()
+}
+
+func (j *Journal) syncRoot() error {
+	err := j.fs.syncDir(".")
+	j.rooted = j.rooted || err == nil
+	return err
 }
 
 // full says that the disk does not take anything now: no matter what.

@@ -1,14 +1,18 @@
 package state
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/testing/protocmp"
+	"pgregory.net/rapid"
 
 	"github.com/belay-edge/belay/agent"
 	"github.com/belay-edge/belay/controlplane/wire"
@@ -72,37 +76,26 @@ func script() []op {
 	}
 }
 
-// states are what may be found after the ops up to n went well and those of
-// the next were cut short: nothing of it, or the first few of its records.
+// states are what may be found after the ops up to n went well and the next
+// was cut short: nothing of it, or all.
 func states(ops []op, upTo int, partial bool) []agent.Saved {
-	build := func(records int) agent.Saved {
-		l := &live{tasks: map[string]*liveTask{}}
+	build := func(upTo int) agent.Saved {
+		l := newLive()
 		for _, o := range ops[:upTo] {
 			for _, m := range o.model {
 				m(l)
 			}
 		}
-		for i := range records {
-			ops[upTo].model[i](l)
-		}
-		// A task is one only with its assignment.
-		for id, t := range l.tasks {
-			if t.assignment == nil {
-				delete(l.tasks, id)
-			}
-		}
 		return l.saved()
 	}
-	out := []agent.Saved{build(0)}
+	out := []agent.Saved{build(upTo)}
 	if partial && upTo < len(ops) {
-		for n := range ops[upTo].model {
-			out = append(out, build(n+1))
-		}
+		out = append(out, build(upTo+1))
 	}
 	return out
 }
 
-func oneOf(t *testing.T, what string, got agent.Saved, want []agent.Saved) {
+func oneOf(t rapid.TB, what string, got agent.Saved, want []agent.Saved) {
 	t.Helper()
 	var diffs []string
 	for _, w := range want {
@@ -118,71 +111,178 @@ func oneOf(t *testing.T, what string, got agent.Saved, want []agent.Saved) {
 func TestPowerCutAtEveryOperationLeavesAnAcknowledgedState(t *testing.T) {
 	ops := script()
 	cuts := 0
-	for failAt := 1; ; failAt++ {
-		ended := false
-		for seed := range 12 {
-			disk := newFakeFS()
-			for range seed * 7 {
-				disk.rng.Uint64()
-			}
-			j, _, err := open(disk)
-			if err != nil {
-				t.Fatal(err)
-			}
-			disk.ops, disk.failAt, disk.mode = 0, failAt, "cut"
-			done := 0
-			for ; done < len(ops); done++ {
-				if ops[done].do(j) != nil {
-					break
-				}
-			}
-			if done == len(ops) {
-				ended = true
+	for cutAt := 1; ; cutAt++ {
+		disk := newSimDisk()
+		disk.cutAt = cutAt
+		j, _, err := open(disk)
+		done := 0
+		for ; err == nil && done < len(ops); done++ {
+			if ops[done].do(j) != nil {
 				break
 			}
-			cuts++
-			_, saved, err := open(disk.reboot())
-			if err != nil {
-				t.Fatalf("cut at operation %d, during %s: open: %v", failAt, ops[done].name, err)
-			}
-			oneOf(t, fmt.Sprintf("cut at operation %d, during %s, seed %d", failAt, ops[done].name, seed), saved, states(ops, done, true))
 		}
-		if ended {
+		if !disk.off {
 			break
 		}
+		for seed := range uint64(40) {
+			cuts++
+			_, saved, err := open(disk.reboot(seed))
+			if err != nil {
+				t.Fatalf("cut at operation %d: open: %v", cutAt, err)
+			}
+			oneOf(t, fmt.Sprintf("cut at operation %d, after %d calls, seed %d", cutAt, done, seed), saved, states(ops, done, true))
+		}
 	}
-	if cuts < 300 {
+	if cuts < 3000 {
 		t.Fatalf("only %d power cuts were tried", cuts)
 	}
 }
 
+// Anything is drawn: what is written, which operations fail and how, when power
+// goes, again and again, and what the disk then has.
+func TestNothingAcknowledgedIsLostAndNothingIsHalfThere(t *testing.T) {
+	reached := map[string]int{}
+	rapid.Check(t, func(t *rapid.T) {
+		ops := drawOps(t)
+		disk := newSimDisk()
+		disk.garbage = rapid.Bool().Draw(t, "garbage")
+		done := 0
+		for life := range rapid.IntRange(1, 4).Draw(t, "lives") {
+			disk.ops, disk.cutAt = 0, rapid.IntRange(1, 120).Draw(t, "cut at")
+			killed := rapid.IntRange(0, 3).Draw(t, "killed") == 0 // the agent, and the disk goes on
+			for range rapid.IntRange(0, 4).Draw(t, "faults") {
+				if killed {
+					break
+				}
+				disk.faults[rapid.IntRange(1, 100).Draw(t, "fault at")] =
+					rapid.SampledFrom([]syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.EROFS}).Draw(t, "fault")
+			}
+			j, saved, err := open(disk)
+			if err != nil {
+				t.Fatalf("life %d: open: %v", life, err)
+			}
+			if !disk.off && len(saved.Problems) > 0 && !disk.garbage {
+				t.Fatalf("life %d: what power left is called damage: %q", life, saved.Problems)
+			}
+			for ; done < len(ops); done++ {
+				err := ops[done].do(j)
+				for try := 0; err != nil && !disk.off && try < 20; try++ {
+					reached["retried after a fault"]++
+					err = ops[done].do(j) // as the agent does
+				}
+				if disk.off {
+					break
+				}
+				if err != nil {
+					t.Fatalf("life %d: %s still fails: %v", life, ops[done].name, err)
+				}
+			}
+			upTo := done
+			if killed {
+				disk.off, disk.cutAt = false, 0
+			} else {
+				disk = disk.reboot(rapid.Uint64().Draw(t, "what is left"))
+			}
+			// Reading it must need no working disk.
+			disk.stuck = rapid.SampledFrom([]syscall.Errno{0, 0, syscall.EROFS, syscall.ENOSPC}).Draw(t, "stuck")
+			_, saved, err = open(disk)
+			if err != nil {
+				t.Fatalf("life %d: open after the cut: %v", life, err)
+			}
+			if (saved.Unwritable != "") && disk.stuck == 0 {
+				t.Fatalf("a disk in order cannot be written: %s", saved.Unwritable)
+			}
+			disk.stuck = 0
+			saved.Problems, saved.Unwritable = nil, ""
+			oneOf(t, fmt.Sprintf("life %d, after %d calls", life, upTo), saved, states(ops, upTo, true))
+			if killed {
+				reached["kills"]++
+			} else {
+				reached["power cuts"]++
+			}
+		}
+	})
+	for what, n := range reached {
+		t.Logf("%s: %d", what, n)
+	}
+}
+
+func drawOps(t *rapid.T) []op {
+	ids := []string{"a", "b", "c"}
+	held := map[string]bool{}
+	var ops []op
+	for range rapid.IntRange(1, 25).Draw(t, "calls") {
+		id := rapid.SampledFrom(ids).Draw(t, "task")
+		kind := rapid.IntRange(0, 9).Draw(t, "call")
+		switch {
+		case !held[id]:
+			ops = append(ops, save(id))
+			held[id] = true
+		case kind == 0:
+			ops = append(ops, forget(id))
+			held[id] = false
+		case kind == 1:
+			ops = append(ops, compacting())
+		case kind == 2:
+			ops = append(ops, save(id))
+		default:
+			var rs []agent.Record
+			for range rapid.IntRange(1, 4).Draw(t, "records") {
+				rs = append(rs, drawRecord(t, id, len(ops)))
+			}
+			ops = append(ops, records(rs...))
+		}
+	}
+	return ops
+}
+
+func drawRecord(t *rapid.T, id string, n int) agent.Record {
+	switch rapid.IntRange(0, 5).Draw(t, "record") {
+	case 0:
+		return agent.Record{Applied: &agent.Applied{Incarnation: "one", Sequence: uint64(n)}}
+	case 1:
+		return agent.Record{Task: id, Origin: fmt.Sprint("o", n)}
+	case 2:
+		return agent.Record{Task: id, Desired: &agent.Desired{Status: "STOPPED", Reason: fmt.Sprint(n)}}
+	case 3:
+		return agent.Record{Task: id, Status: &agent.StatusRecord{LastStatus: "RUNNING", Reason: fmt.Sprint(n)}}
+	}
+	// Past a sector, so that it can tear.
+	return agent.Record{Task: id, Attempt: &agent.AttemptRecord{
+		Container: rapid.SampledFrom([]string{"main", "side"}).Draw(t, "container"), Number: n, BootID: "b",
+		Reason: strings.Repeat("x", rapid.IntRange(0, 900).Draw(t, "size")),
+	}}
+}
+
 func TestDiskErrorAtEveryOperationLeavesTheJournalUsable(t *testing.T) {
 	ops := script()
-	for _, mode := range []string{"full", "broken"} {
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.EROFS} {
 		for failAt := 1; ; failAt++ {
-			disk := newFakeFS()
+			disk := newSimDisk()
+			disk.faults[failAt] = errno
 			j, _, err := open(disk)
 			if err != nil {
 				t.Fatal(err)
 			}
-			disk.ops, disk.failAt, disk.mode = 0, failAt, mode
 			failures := 0
 			for _, o := range ops {
 				if o.do(j) != nil {
 					failures++
 					if err := o.do(j); err != nil { // as the agent does
-						t.Fatalf("%s at operation %d: %s again: %v", mode, failAt, o.name, err)
+						t.Fatalf("%v at operation %d: %s again: %v", errno, failAt, o.name, err)
 					}
 				}
 			}
 			if failures > 1 {
-				t.Fatalf("%s at operation %d: one failure made %d calls fail", mode, failAt, failures)
+				t.Fatalf("%v at operation %d: one failure made %d calls fail", errno, failAt, failures)
 			}
-			_, saved, err := open(disk.reboot())
-			if err != nil {
-				t.Fatalf("%s at operation %d: open: %v", mode, failAt, err)
+			for seed := range uint64(8) {
+				_, saved, err := open(disk.reboot(seed))
+				if err != nil {
+					t.Fatalf("%v at operation %d: open: %v", errno, failAt, err)
+				}
+				oneOf(t, fmt.Sprintf("%v at operation %d", errno, failAt), saved, states(ops, len(ops), false))
 			}
-			oneOf(t, fmt.Sprintf("%s at operation %d", mode, failAt), saved, states(ops, len(ops), false))
 			if disk.ops < failAt {
 				break
 			}
@@ -190,33 +290,54 @@ func TestDiskErrorAtEveryOperationLeavesTheJournalUsable(t *testing.T) {
 	}
 }
 
-func TestFullDiskDoesNotStopTheJournalFromOpening(t *testing.T) {
-	disk := newFakeFS()
-	j, _, err := open(disk)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, o := range script()[:5] {
-		if err := o.do(j); err != nil {
-			t.Fatal(err)
-		}
-	}
-	log := disk.names[logName]
-	log.data = append(log.data, "\x00\x00\x00\x99torn"...)
-	want := states(script(), 5, false)
-	for failAt := 2; failAt < 6; failAt++ { // 1 makes the tasks' directory
-		again := newFakeFS()
-		for n, i := range disk.names {
-			again.names[n] = &inode{data: append([]byte{}, i.data...), synced: i.data}
-		}
-		again.failAt, again.mode = failAt, "full"
-		j, saved, err := open(again)
-		if err != nil {
-			t.Fatalf("full at operation %d: %v", failAt, err)
-		}
-		oneOf(t, "full", saved, want)
-		if err := j.Append(agent.Record{Task: "a", Origin: "later"}); err != nil {
-			t.Fatalf("append after the disk has room again: %v", err)
+// A disk that stops working anywhere, and stays so, lets the journal be opened,
+// is acknowledged nothing, and goes on once it works again.
+func TestDiskThatStopsWorkingAndComesBack(t *testing.T) {
+	ops := script()
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.EROFS} {
+		for stop := range ops {
+			disk := newSimDisk()
+			j, _, err := open(disk)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, o := range ops[:stop] {
+				if err := o.do(j); err != nil {
+					t.Fatal(err)
+				}
+			}
+			disk.stuck = errno
+			if err := ops[stop].do(j); err == nil {
+				t.Fatalf("%v: %s was acknowledged", errno, ops[stop].name)
+			}
+			if err := j.Append(); err == nil {
+				t.Fatalf("%v: the log is said to be writable", errno)
+			}
+			again := disk.reboot(uint64(stop))
+			again.stuck = errno
+			j, saved, err := open(again)
+			if err != nil {
+				t.Fatalf("%v: open: %v", errno, err)
+			}
+			if saved.Unwritable == "" && (saved.Problems != nil || j.Append() == nil) {
+				t.Fatalf("%v before %s: not said to be unwritable: %+v", errno, ops[stop].name, saved)
+			}
+			saved.Unwritable = ""
+			oneOf(t, errno.Error(), saved, states(ops, stop, true))
+			again.stuck = 0
+			if err := j.Append(); err != nil {
+				t.Fatalf("the disk works again: %v", err)
+			}
+			for _, o := range ops[stop:] {
+				if err := o.do(j); err != nil {
+					t.Fatalf("the disk works again: %s: %v", o.name, err)
+				}
+			}
+			_, saved, err = open(again.reboot(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			oneOf(t, "after the disk came back", saved, states(ops, len(ops), false))
 		}
 	}
 }
@@ -252,18 +373,36 @@ func TestDamageIsSetAsideAndReported(t *testing.T) {
 		name     string
 		damage   func(t *testing.T, dir string)
 		problems int
-		tasks    int
+		lost     int  // tasks without their assignment
+		aside    bool // a copy is kept
+		stays    bool // each start finds it, until the assignment is sent again
 	}{
-		{"none", func(*testing.T, string) {}, 0, 2},
-		{"assignment", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "tasks/a/assignment"), 20) }, 1, 1},
-		{"assignment missing", func(t *testing.T, dir string) {
-			if err := os.Remove(filepath.Join(dir, "tasks/a/assignment")); err != nil {
+		{"none", func(*testing.T, string) {}, 0, 0, false, false},
+		{"assignment", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "tasks/a/assignment"), 20) }, 1, 1, true, true},
+		{"assignment's version", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "tasks/a/assignment"), 7) }, 1, 0, true, false},
+		{"assignment's length", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "tasks/a/assignment"), 14) }, 1, 0, true, false},
+		{"assignment missing", func(t *testing.T, dir string) { remove(t, filepath.Join(dir, "tasks/a/assignment")) }, 1, 1, false, true},
+		{"task's directory missing", func(t *testing.T, dir string) { remove(t, filepath.Join(dir, "tasks/a")) }, 1, 1, false, true},
+		{"all tasks missing", func(t *testing.T, dir string) { remove(t, filepath.Join(dir, "tasks")) }, 2, 2, false, true},
+		{"a file in place of a task", func(t *testing.T, dir string) {
+			remove(t, filepath.Join(dir, "tasks/a"))
+			put(t, filepath.Join(dir, "tasks/a"), "?")
+		}, 1, 1, false, true},
+		{"a directory in place of an assignment", func(t *testing.T, dir string) {
+			remove(t, filepath.Join(dir, "tasks/a/assignment"))
+			if err := os.MkdirAll(filepath.Join(dir, "tasks/a/assignment/x"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-		}, 1, 1},
-		{"log record", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "log"), 20) }, 1, 2},
-		{"log length", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "log"), 8) }, 1, 2},
-		{"log magic", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "log"), 0) }, 1, 2},
+		}, 1, 1, false, true},
+		{"somebody's file among the tasks", func(t *testing.T, dir string) { put(t, filepath.Join(dir, "tasks/lost+found"), "?") }, 0, 0, false, false},
+		{"log record", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "log"), 40) }, 1, 0, true, true},
+		{"log length", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "log"), 8) }, 1, 0, true, true},
+		{"log magic", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "log"), 0) }, 1, 0, true, true},
+		{"log version", func(t *testing.T, dir string) { flip(t, filepath.Join(dir, "log"), 7) }, 1, 0, true, true},
+		{"log a directory", func(t *testing.T, dir string) {
+			remove(t, filepath.Join(dir, "log"))
+			put(t, filepath.Join(dir, "log/x"), "?")
+		}, 1, 0, false, true},
 		{"torn tail", func(t *testing.T, dir string) {
 			b, err := os.ReadFile(filepath.Join(dir, "log"))
 			if err != nil {
@@ -272,35 +411,80 @@ func TestDamageIsSetAsideAndReported(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, "log"), b[:len(b)-5], 0o600); err != nil {
 				t.Fatal(err)
 			}
-		}, 0, 2},
+		}, 0, 0, false, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := fill(t)
 			tc.damage(t, dir)
-			for round := range 2 {
+			for round := range 3 {
 				j, saved, err := Open(dir)
 				if err != nil {
 					t.Fatal(err)
 				}
 				want := tc.problems
-				if round == 1 {
-					want = 0 // reported once, then dealt with
+				if round > 0 && !tc.stays {
+					want = 0
 				}
 				if len(saved.Problems) != want {
 					t.Errorf("round %d: problems %q, want %d", round, saved.Problems, want)
 				}
-				if len(saved.Tasks) != tc.tasks {
-					t.Errorf("round %d: %d tasks, want %d", round, len(saved.Tasks), tc.tasks)
+				lost := 0
+				for _, st := range saved.Tasks {
+					if st.Assignment == nil {
+						if lost++; st.ID == "" {
+							t.Error("a lost task has no id")
+						}
+					}
+				}
+				if len(saved.Tasks) != 2 || lost != tc.lost {
+					t.Errorf("round %d: %d tasks, %d lost, want 2 and %d: %+v", round, len(saved.Tasks), lost, tc.lost, saved)
 				}
 				if err := j.Close(); err != nil {
 					t.Fatal(err)
 				}
 			}
 			kept, _ := os.ReadDir(filepath.Join(dir, "damaged"))
-			if tc.problems > 0 && len(kept) == 0 && tc.name != "assignment missing" {
-				t.Error("nothing was set aside")
+			if (len(kept) == 1) != tc.aside {
+				t.Errorf("set aside: %v", kept)
+			}
+			// The control plane sends everything again.
+			j, _, err := Open(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, id := range []string{"a", "b"} {
+				if err := j.SaveAssignment(assign(id)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := errors.Join(j.Append(agent.Record{Doubt: &agent.Doubt{Cleared: true}}), j.Close()); err != nil {
+				t.Fatal(err)
+			}
+			j, saved, err := Open(dir)
+			if err != nil || len(saved.Problems) > 0 || len(saved.Tasks) != 2 || saved.Tasks[0].Assignment == nil {
+				t.Errorf("sent again: %+v, %v", saved, err)
+			}
+			if tc.lost > 0 && tc.name != "all tasks missing" && len(saved.Tasks[0].Attempts) != 1 {
+				t.Errorf("what the log knew of the task is gone: %+v", saved.Tasks[0])
+			}
+			if err := errors.Join(j.ForgetTask("a"), j.Close()); err != nil {
+				t.Error(err)
 			}
 		})
+	}
+}
+
+func remove(t *testing.T, path string) {
+	t.Helper()
+	if err := os.RemoveAll(path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func put(t *testing.T, path, text string) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o600)); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -340,8 +524,11 @@ func TestNewerFormats(t *testing.T) {
 		t.Errorf("two versions ahead: %v", err)
 	}
 	dir := t.TempDir()
-	log := newLog()
-	log[7] = schema + 2
+	log := binary.BigEndian.AppendUint32([]byte(logMagic), schema+2)
+	log, err = appendFrame(log, entry{Schema: schema + 2})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "log"), log, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -354,7 +541,7 @@ func TestNewerFormats(t *testing.T) {
 }
 
 func TestLogIsCompactedPastItsSize(t *testing.T) {
-	disk := newFakeFS()
+	disk := newSimDisk()
 	j, _, err := open(disk)
 	if err != nil {
 		t.Fatal(err)
@@ -367,76 +554,11 @@ func TestLogIsCompactedPastItsSize(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if size := len(disk.names[logName].data); size > compactPast+1024 {
-		t.Errorf("the log has %d bytes", size)
+	if b, err := disk.read(logName); err != nil || len(b) > compactPast+1024 {
+		t.Errorf("the log has %d bytes, %v", len(b), err)
 	}
 	_, saved, err := open(disk)
 	if err != nil || len(saved.Tasks) != 1 || saved.Tasks[0].Attempts[0].Number != 5000 {
 		t.Errorf("after compaction: %+v, %v", saved, err)
 	}
-}
-
-func FuzzDecodeAssignment(f *testing.F) {
-	b, err := encodeAssignment(assign("a"))
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(b)
-	f.Add(b[:len(b)-3])
-	f.Add([]byte(assignmentMagic))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		a, err := decodeAssignment(b)
-		if err != nil {
-			return
-		}
-		again, err := encodeAssignment(a)
-		if err != nil {
-			t.Fatal(err)
-		}
-		back, err := decodeAssignment(again)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if d := cmp.Diff(a, back, protocmp.Transform()); d != "" {
-			t.Fatal(d)
-		}
-	})
-}
-
-func FuzzReplayLog(f *testing.F) {
-	b := newLog()
-	for _, r := range []agent.Record{
-		{Task: "a", Origin: "one"},
-		{Applied: &agent.Applied{Incarnation: "one", Sequence: 2}},
-		{Task: "a", Attempt: &agent.AttemptRecord{Container: "main", Number: 1}},
-	} {
-		var err error
-		if b, err = appendFrame(b, entry{Record: r}); err != nil {
-			f.Fatal(err)
-		}
-	}
-	f.Add(b)
-	f.Add(b[:len(b)-4])
-	f.Add(append(append([]byte{}, b[:20]...), b[21:]...))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		disk := newFakeFS()
-		disk.names[logName] = &inode{data: b}
-		j, saved, err := open(disk)
-		if err != nil {
-			return
-		}
-		if err := j.Append(agent.Record{Applied: &agent.Applied{Incarnation: "x", Sequence: 9}}); err != nil {
-			t.Fatal(err)
-		}
-		_, again, err := open(disk)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(again.Problems) > 0 {
-			t.Fatalf("opened once, it is still damaged: %q (before: %q)", again.Problems, saved.Problems)
-		}
-		if again.Applied.Sequence != 9 {
-			t.Fatalf("what was appended is not there: %+v", again.Applied)
-		}
-	})
 }

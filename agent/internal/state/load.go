@@ -8,6 +8,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/belay-edge/belay/agent"
 	"github.com/belay-edge/belay/controlplane/wire"
@@ -130,6 +131,9 @@ func open(fsys fileSystem) (*Journal, agent.Saved, error) {
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		log.damage = append([]string{"it cannot be read: " + err.Error()}, log.damage...)
+		if errors.Is(err, syscall.EISDIR) {
+			_ = j.moveAside(logName) // it would be in the way of a new one
+		}
 	}
 	for _, e := range log.entries {
 		j.live.apply(e)
@@ -189,13 +193,8 @@ func doubt(before *agent.Doubt, problems []string) *agent.Doubt {
 
 // settle makes the log writable. On a full disk a whole log is used as it is.
 func (j *Journal) settle(raw []byte, log replayed) error {
-	if _, err := j.fs.list(tasksDir); errors.Is(err, fs.ErrNotExist) {
-		if err := j.fs.mkdir(tasksDir); err != nil {
-			return fmt.Errorf("make the directory of tasks: %w", err)
-		}
-		if err := j.fs.syncDir("."); err != nil {
-			return fmt.Errorf("make the directory of tasks: %w", err)
-		}
+	if err := j.makeTasks(); err != nil {
+		return fmt.Errorf("make the directory of tasks: %w", err)
 	}
 	whole := len(raw) > 0 && log.good == len(raw) && len(log.damage) == 0
 	if whole && len(j.forgotten) == 0 && len(log.entries) <= compactRatio*len(j.live.entries())+1 {
