@@ -402,7 +402,7 @@ func TestDamageIsSetAsideAndReported(t *testing.T) {
 		{"log a directory", func(t *testing.T, dir string) {
 			remove(t, filepath.Join(dir, "log"))
 			put(t, filepath.Join(dir, "log/x"), "?")
-		}, 1, 0, false, true},
+		}, 1, 0, true, true},
 		{"torn tail", func(t *testing.T, dir string) {
 			b, err := os.ReadFile(filepath.Join(dir, "log"))
 			if err != nil {
