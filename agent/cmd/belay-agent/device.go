@@ -32,7 +32,8 @@ type device struct {
 	startedAt time.Time
 
 	agent    *agent.Agent
-	link     *link.Link
+	link     *link.Link // nil: the device does not know who it is
+	alone    error      // why there is no link
 	runtimes *runtimes
 	ready    chan struct{} // closed once there are facts to dial with
 
@@ -48,6 +49,10 @@ func (d *device) tunnel(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	case <-d.ready:
+	}
+	if d.link == nil {
+		<-ctx.Done()
+		return nil
 	}
 	return d.link.Run(ctx)
 }
@@ -130,7 +135,7 @@ func (d *device) keepFacts(ctx context.Context) error {
 	case <-settling.C:
 	}
 	last := d.told()
-	d.link.SetFacts(last)
+	d.setFacts(last)
 	close(d.ready)
 	// The first few changes are the start; from then on they are spaced, those
 	// of devices by themselves: a plugin's state does not wait for them.
@@ -165,7 +170,7 @@ func (d *device) keepFacts(ctx context.Context) error {
 		case <-timer:
 			at, timer, plugins, found = time.Time{}, nil, false, false
 			if now := d.told(); !sameFacts(last, now) {
-				d.link.SetFacts(now)
+				d.setFacts(now)
 				last = now
 			}
 		}
@@ -233,7 +238,7 @@ func (d *device) snapshot() (agent.Snapshot, error) {
 
 // Status implements localapi.Source.
 func (d *device) Status() localapi.Status {
-	l := d.link.Status()
+	l := d.linkStatus()
 	s := localapi.Status{
 		Version: agentVersion(), Instance: d.id.ID, Cluster: d.id.Cluster,
 		PID: os.Getpid(), StartedAt: d.startedAt,
@@ -242,6 +247,9 @@ func (d *device) Status() localapi.Status {
 			Since: l.Since.UTC(), LastError: l.LastError,
 		},
 		Tasks: map[string]int{}, Attributes: d.facts.Attributes, CPU: d.facts.CPU, MemoryMiB: d.facts.MemoryMiB,
+	}
+	if d.alone != nil {
+		s.Problems = append(s.Problems, fmt.Sprintf("this device cannot tell who it is: %v: %s", d.alone, enrolAnew(d.cfg.StateDir)))
 	}
 	snap, err := d.snapshot()
 	if err != nil {

@@ -68,13 +68,10 @@ takes them over. The device must be enrolled first.`,
 
 // runAgent puts the parts together and runs them until ctx ends.
 func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
-	id, err := identity.Load(cfg.StateDir)
-	if errors.Is(err, identity.ErrNotEnrolled) {
+	id, unknown := identity.Load(cfg.StateDir)
+	if errors.Is(unknown, identity.ErrNotEnrolled) && !holdsTasks(cfg.StateDir) {
 		return fmt.Errorf("%w: %s holds no identity: make an activation with \"belay activation create\", then run: belay-agent enroll --state-dir %s --activation CODE",
-			err, cfg.StateDir, cfg.StateDir)
-	}
-	if err != nil {
-		return err
+			unknown, cfg.StateDir, cfg.StateDir)
 	}
 	journal, saved, err := state.Open(cfg.StateDir)
 	if err != nil {
@@ -98,11 +95,18 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		cfg: cfg, id: id, facts: facts, log: log, startedAt: time.Now().UTC(),
 		runtimes: newRuntimes(plugins), ready: make(chan struct{}),
 	}
-	if d.link, err = newLink(d, clock); err != nil {
-		return err
+	if unknown == nil {
+		d.link, unknown = newLink(d, clock)
+	}
+	var uplink agent.Uplink = d.link
+	if unknown != nil {
+		d.link, d.alone = nil, unknown
+		uplink = nobody{}
+		log.Error("this device cannot tell who it is: it keeps its tasks running and hears no control plane",
+			"error", unknown, "do", enrolAnew(cfg.StateDir))
 	}
 	d.agent, err = agent.New(agent.Config{
-		Runtimes: d.runtimes, Devices: d.runtimes, Journal: journal, Saved: saved, Uplink: d.link,
+		Runtimes: d.runtimes, Devices: d.runtimes, Journal: journal, Saved: saved, Uplink: uplink,
 		Outputs: state.NewOutputs(cfg.StateDir), Volumes: state.NewVolumes(cfg.StateDir),
 		Clock: clock, Logger: log, InstanceID: id.ID,
 		PullGiveUp:       orElse(time.Duration(cfg.PullGiveUp), forEver),
@@ -113,7 +117,9 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 	if err != nil {
 		return err
 	}
-	d.link.Attach(d.agent)
+	if d.link != nil {
+		d.link.Attach(d.agent)
+	}
 	api, err := localapi.Listen(cfg.RunDir, d, log)
 	if err != nil {
 		return err
@@ -183,11 +189,11 @@ func limitGroup(runDir string) string {
 func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 	key, err := carrier.ParseKey(d.id.Key)
 	if err != nil {
-		return nil, fmt.Errorf("the device's key is damaged: %w: restore it, or enrol again with --force", err)
+		return nil, fmt.Errorf("the device's key is damaged: %w", err)
 	}
 	pin, err := wire.ParsePin(d.id.Pin)
 	if err != nil {
-		return nil, fmt.Errorf("the device's identity is damaged: %w: enrol again with --force", err)
+		return nil, fmt.Errorf("the device's identity is damaged: %w", err)
 	}
 	return link.New(link.Config{
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,

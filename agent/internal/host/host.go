@@ -167,10 +167,13 @@ func New(c Config) (*Host, error) {
 		c.Logger = slog.Default()
 	}
 	h := &Host{config: c, log: c.Logger, changes: make(chan string, 64), devices: make(chan struct{}, 1), plugins: map[string]*plugin{}, settled: make(chan struct{})}
-	for _, d := range []string{c.StateDir, c.RunDir} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			return nil, fmt.Errorf("make plugin directory: %w", err)
-		}
+	// That below StateDir is made for each launch as well: a disk that is full
+	// or read-only must not keep the agent from starting.
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		c.Logger.Error("plugins cannot keep state", "error", err)
+	}
+	if err := os.MkdirAll(c.RunDir, 0o700); err != nil {
+		return nil, fmt.Errorf("make plugin directory: %w", err)
 	}
 	if _, err := h.scan(); err != nil {
 		return nil, err

@@ -118,6 +118,18 @@ func (p *plugin) check(settings Settings) (string, error) {
 	return sum, nil
 }
 
+// private makes a directory that is for its owner alone. One that is so already
+// is left alone: the disk may be read-only.
+func private(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if st, err := os.Stat(dir); err == nil && st.Mode().Perm() == 0o700 {
+		return nil
+	}
+	return os.Chmod(dir, 0o700)
+}
+
 // options for a launch, with the directories it needs made.
 func (p *plugin) options(settings Settings) (sdkhost.Options, error) {
 	c := sdk.Config{
@@ -126,7 +138,7 @@ func (p *plugin) options(settings Settings) (sdkhost.Options, error) {
 		JSON:     settings.JSON,
 	}
 	for _, d := range []string{c.StateDir, c.RunDir} {
-		if err := errors.Join(os.MkdirAll(d, 0o700), os.Chmod(d, 0o700)); err != nil {
+		if err := private(d); err != nil {
 			return sdkhost.Options{}, sdk.Errorf(sdk.Unavailable, "prepare plugin "+p.name, "%w", err)
 		}
 	}
