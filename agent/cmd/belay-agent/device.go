@@ -18,6 +18,7 @@ import (
 	"github.com/belay-edge/belay/agent/internal/link"
 	"github.com/belay-edge/belay/agent/internal/localapi"
 	"github.com/belay-edge/belay/agent/internal/system"
+	"github.com/belay-edge/belay/agent/internal/watchdog"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -35,6 +36,7 @@ type device struct {
 	link     *link.Link
 	runtimes *runtimes
 	ready    chan struct{} // closed once there are facts to dial with
+	dog      *watchdog.Dog
 
 	untold struct { // devices that were too many to be told of
 		sync.Mutex
@@ -62,6 +64,9 @@ type runtimes struct {
 	devicesForAgent, devicesForFacts chan struct{}
 }
 
+// passOn is how long a loop that only passes something on may not turn.
+const passOn = time.Minute
+
 func newRuntimes(h *host.Host) *runtimes {
 	return &runtimes{Host: h, forAgent: make(chan string, 64), forFacts: make(chan struct{}, 1),
 		devicesForAgent: make(chan struct{}, 1), devicesForFacts: make(chan struct{}, 1)}
@@ -73,11 +78,14 @@ func (r *runtimes) Changes() <-chan string { return r.forAgent }
 // DeviceChanges implements agent.Devices.
 func (r *runtimes) DeviceChanges() <-chan struct{} { return r.devicesForAgent }
 
-func (r *runtimes) run(ctx context.Context) error {
+func (r *runtimes) run(ctx context.Context, dog *watchdog.Dog) error {
+	pulse, done := dog.Watch("plugin changes", passOn)
+	defer done()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pulse:
 		case <-r.Host.DeviceChanges():
 			for _, c := range []chan struct{}{r.devicesForAgent, r.devicesForFacts} {
 				select {
@@ -129,6 +137,8 @@ func (d *device) keepFacts(ctx context.Context) error {
 		}
 	case <-settling.C:
 	}
+	pulse, done := d.dog.Watch("facts", passOn)
+	defer done()
 	last := d.told()
 	d.link.SetFacts(last)
 	close(d.ready)
@@ -147,6 +157,7 @@ func (d *device) keepFacts(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pulse:
 		case <-d.runtimes.forFacts:
 			if plugins {
 				continue
@@ -242,6 +253,7 @@ func (d *device) Status() localapi.Status {
 			Since: l.Since.UTC(), LastError: l.LastError,
 		},
 		Tasks: map[string]int{}, Attributes: d.facts.Attributes, CPU: d.facts.CPU, MemoryMiB: d.facts.MemoryMiB,
+		Watched: d.dog.Loops(),
 	}
 	snap, err := d.snapshot()
 	if err != nil {
