@@ -17,7 +17,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-faults test-teeth test-docker test-vm test-arm lint bench fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-faults test-teeth test-docker test-vm test-arm lint bench bench-scale fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -92,7 +92,12 @@ test-arm: ## detectors built for arm64 and ARMv6, under qemu's user emulation
 	done
 
 bench: setup build ## what it costs: memory, latency beside ctr, binary sizes
+	@$(GOBUILD) -o $(BIN)/ ./agent/cmd/belay-sim
 	go test ./hw-tests/blackbox -run '^$$' -bench . -benchtime 1x -timeout 30m -bin $(abspath $(BIN))
+
+bench-scale: build ## 10,000 simulated devices come back after a restart of the control plane (DEVICES=N)
+	@$(GOBUILD) -o $(BIN)/ ./agent/cmd/belay-sim
+	BELAY_BENCH_DEVICES=$(or $(DEVICES),10000) go test ./hw-tests/blackbox -run '^$$' -bench '^BenchmarkReconnect$$' -benchtime 1x -timeout 30m -bin $(abspath $(BIN))
 
 FUZZTIME ?= 30s
 fuzz: ## every fuzz target for FUZZTIME

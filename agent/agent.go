@@ -44,6 +44,9 @@ type Config struct {
 	ShutdownWait time.Duration
 	// Jitter gives numbers in [0,1); nil: random ones.
 	Jitter func() float64
+	// Watch has a loop watched until done is called: it receives from pulse
+	// whenever it waits, and is stuck when it has not for deadline. Nil: none is.
+	Watch func(name string, deadline time.Duration) (pulse <-chan struct{}, done func())
 }
 
 func (c Config) withDefaults() Config {
@@ -134,9 +137,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	var under sync.WaitGroup
 	a.watchRuntimes(calls, &under)
 	a.watchDevices(calls, &under)
+	pulse, unwatch := a.watch("task loop", loopDeadline)
+	defer unwatch()
 	for ctx.Err() == nil {
 		a.turn(calls, &under)
-		if !a.wait(ctx) {
+		if !a.wait(ctx, pulse) {
 			break
 		}
 	}
@@ -172,19 +177,37 @@ func (a *Agent) turn(ctx context.Context, under *sync.WaitGroup) {
 	a.inbox.wakeAt = wake
 }
 
+// Deadlines of the loops. A turn of the task loop writes to a disk that may
+// take its time; the others only pass something on.
+const (
+	loopDeadline  = 2 * time.Minute
+	watchDeadline = time.Minute
+)
+
+func (a *Agent) watch(name string, deadline time.Duration) (pulse <-chan struct{}, done func()) {
+	if a.cfg.Watch == nil {
+		return nil, func() {}
+	}
+	return a.cfg.Watch(name, deadline)
+}
+
 // wait blocks until something came in or it is time to look again.
-func (a *Agent) wait(ctx context.Context) bool {
+func (a *Agent) wait(ctx context.Context, pulse <-chan struct{}) bool {
 	var timer <-chan time.Time
 	if at := a.inbox.wakeAt; at != never {
 		timer = a.cfg.Clock.After(max(0, at-a.cfg.Clock.Now()))
 	}
-	select {
-	case <-ctx.Done():
-		return false
-	case <-a.inbox.wake:
-	case <-timer:
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-pulse:
+		case <-a.inbox.wake:
+			return true
+		case <-timer:
+			return true
+		}
 	}
-	return true
 }
 
 // sort is what a call is bounded with: one sort that hangs does not hold up

@@ -123,11 +123,14 @@ func (a *Agent) watchDevices(ctx context.Context, under *sync.WaitGroup) {
 	if a.cfg.Devices == nil {
 		return
 	}
+	pulse, unwatch := a.watch("device changes", watchDeadline)
 	under.Go(func() {
+		defer unwatch()
 		for {
 			select {
 			case <-ctx.Done():
 				return
+			case <-pulse:
 			case <-a.cfg.Devices.DeviceChanges():
 				a.inbox.put(func(c *contents) { c.refound = true })
 			}
@@ -143,7 +146,9 @@ const (
 // watchRuntimes turns plugin changes and runtime events into hints until ctx
 // ends. Runtimes that appear later are found when a plugin changes.
 func (a *Agent) watchRuntimes(ctx context.Context, under *sync.WaitGroup) {
+	pulse, unwatch := a.watch("runtime changes", watchDeadline)
 	under.Go(func() {
+		defer unwatch()
 		var watchers sync.WaitGroup
 		defer watchers.Wait()
 		watched := map[string]chan struct{}{}
@@ -158,6 +163,7 @@ func (a *Agent) watchRuntimes(ctx context.Context, under *sync.WaitGroup) {
 			select {
 			case <-ctx.Done():
 				return
+			case <-pulse:
 			case name := <-a.cfg.Runtimes.Changes():
 				a.inbox.pluginChanged()
 				select {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -192,6 +193,7 @@ type Agent struct {
 	ContainerdAddress string // empty: none
 	Config            string // --config, when set
 	Extra             []string
+	Within            []string // a command that runs it, as Netns.Within
 	logs              string
 }
 
@@ -215,7 +217,8 @@ func (a *Agent) Restart() (err error) {
 	if a.Config != "" {
 		args = append(args, "--config", a.Config)
 	}
-	a.Process, err = start(a.logs, "agent", nil, a.Bin.Path("belay-agent"), append(args, a.Extra...)...)
+	line := slices.Concat(a.Within, []string{a.Bin.Path("belay-agent")}, args, a.Extra)
+	a.Process, err = start(a.logs, "agent", nil, line[0], line[1:]...)
 	return err
 }
 

@@ -147,7 +147,24 @@ func (e *engine) once(ctx context.Context, prefix string, q request) (*http.Resp
 	if said.Message == "" {
 		said.Message = resp.Status
 	}
-	return nil, &apiError{resp.StatusCode, said.Message}
+	failed := &apiError{resp.StatusCode, said.Message}
+	if resp.StatusCode >= http.StatusInternalServerError && !e.listening(ctx) {
+		return nil, &awayError{fmt.Errorf("the Docker daemon is ending, and answered: %w", failed)}
+	}
+	return nil, failed
+}
+
+// listening tells whether the daemon still takes calls. One that is shutting
+// down does not, but for a while goes on answering on connections it has: what
+// it says then ("failed to update store for object type *libnetwork.endpoint")
+// is about itself, not about what was asked.
+func (e *engine) listening(ctx context.Context) bool {
+	c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", e.socket)
+	if err != nil {
+		return false
+	}
+	_ = c.Close()
+	return true
 }
 
 // call makes a call whose answer is one JSON value, or nothing of interest.

@@ -18,6 +18,7 @@ import (
 	"github.com/belay-edge/belay/agent/internal/link"
 	"github.com/belay-edge/belay/agent/internal/localapi"
 	"github.com/belay-edge/belay/agent/internal/system"
+	"github.com/belay-edge/belay/agent/internal/watchdog"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/plugins/sdk"
 )
@@ -36,6 +37,7 @@ type device struct {
 	alone    error      // why there is no link
 	runtimes *runtimes
 	ready    chan struct{} // closed once there are facts to dial with
+	dog      *watchdog.Dog
 
 	untold struct { // devices that were too many to be told of
 		sync.Mutex
@@ -67,6 +69,9 @@ type runtimes struct {
 	devicesForAgent, devicesForFacts chan struct{}
 }
 
+// passOn is how long a loop that only passes something on may not turn.
+const passOn = time.Minute
+
 func newRuntimes(h *host.Host) *runtimes {
 	return &runtimes{Host: h, forAgent: make(chan string, 64), forFacts: make(chan struct{}, 1),
 		devicesForAgent: make(chan struct{}, 1), devicesForFacts: make(chan struct{}, 1)}
@@ -78,11 +83,14 @@ func (r *runtimes) Changes() <-chan string { return r.forAgent }
 // DeviceChanges implements agent.Devices.
 func (r *runtimes) DeviceChanges() <-chan struct{} { return r.devicesForAgent }
 
-func (r *runtimes) run(ctx context.Context) error {
+func (r *runtimes) run(ctx context.Context, dog *watchdog.Dog) error {
+	pulse, done := dog.Watch("plugin changes", passOn)
+	defer done()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pulse:
 		case <-r.Host.DeviceChanges():
 			for _, c := range []chan struct{}{r.devicesForAgent, r.devicesForFacts} {
 				select {
@@ -134,6 +142,8 @@ func (d *device) keepFacts(ctx context.Context) error {
 		}
 	case <-settling.C:
 	}
+	pulse, done := d.dog.Watch("facts", passOn)
+	defer done()
 	last := d.told()
 	d.setFacts(last)
 	close(d.ready)
@@ -152,6 +162,7 @@ func (d *device) keepFacts(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pulse:
 		case <-d.runtimes.forFacts:
 			if plugins {
 				continue
@@ -247,6 +258,7 @@ func (d *device) Status() localapi.Status {
 			Since: l.Since.UTC(), LastError: l.LastError,
 		},
 		Tasks: map[string]int{}, Attributes: d.facts.Attributes, CPU: d.facts.CPU, MemoryMiB: d.facts.MemoryMiB,
+		Watched: d.dog.Loops(),
 	}
 	if d.alone != nil {
 		s.Problems = append(s.Problems, fmt.Sprintf("this device cannot tell who it is: %v: %s", d.alone, enrolAnew(d.cfg.StateDir)))

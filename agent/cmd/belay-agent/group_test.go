@@ -10,6 +10,10 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/belay-edge/belay/agent/internal/watchdog"
 )
 
 func untilTold(ctx context.Context) error { <-ctx.Done(); return nil }
@@ -86,52 +90,52 @@ func listenNotify(t *testing.T) <-chan string {
 	return got
 }
 
-func TestWatchdogStopsWhenTheLoopHangs(t *testing.T) {
+func TestSystemdIsToldUntilALoopHangs(t *testing.T) {
 	got := listenNotify(t)
 	t.Setenv("WATCHDOG_USEC", "60000")
 	t.Setenv("WATCHDOG_PID", "")
+	every, err := feedEvery()
+	if err != nil || every != 20*time.Millisecond {
+		t.Fatalf("every %s, %v", every, err)
+	}
+	dog := watchdog.New(nil, every)
+	pulse, done := dog.Watch("task loop", 2*time.Second)
+	defer done()
 	hang := make(chan struct{})
-	asked := make(chan bool, 64)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
 	go func() {
-		done <- watchdog(ctx, slog.New(slog.DiscardHandler), func(ctx context.Context) error {
+		for {
 			select {
+			case <-pulse:
 			case <-hang:
-				asked <- true
-				<-ctx.Done()
-				return ctx.Err()
-			default:
-				return nil
+				return
 			}
-		})
+		}
 	}()
-	receive := func() (string, bool) {
+	ended := make(chan error, 1)
+	log := slog.New(slog.DiscardHandler)
+	go func() { ended <- dog.Run(t.Context(), func() { notify(log, daemon.SdNotifyWatchdog) }) }()
+	for range 2 {
 		select {
 		case s := <-got:
-			return s, true
+			if s != daemon.SdNotifyWatchdog {
+				t.Fatalf("systemd got %q", s)
+			}
 		case <-time.After(5 * time.Second):
-			return "", false
-		}
-	}
-	for range 2 {
-		if s, ok := receive(); !ok || s != "WATCHDOG=1" {
-			t.Fatalf("systemd got %q", s)
+			t.Fatal("systemd was told nothing")
 		}
 	}
 	close(hang)
-	<-asked
-	for len(got) > 0 { // sent before the hang
-		<-got
-	}
-	for range 3 {
-		<-asked
-	}
-	if len(got) > 0 {
-		t.Errorf("systemd was told that a hanging loop is well: %q", <-got)
-	}
-	cancel()
-	if err := <-done; err != nil {
-		t.Errorf("%v", err)
+	for late := time.After(10 * time.Second); ; {
+		select {
+		case <-got:
+			continue
+		case err := <-ended:
+			if err == nil || !strings.Contains(err.Error(), "task loop has not turned") {
+				t.Errorf("ended with %v", err)
+			}
+		case <-late:
+			t.Error("a hanging loop was not noticed")
+		}
+		break
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/belay-edge/belay/agent/internal/localapi"
 	"github.com/belay-edge/belay/agent/internal/state"
 	"github.com/belay-edge/belay/agent/internal/system"
+	"github.com/belay-edge/belay/agent/internal/watchdog"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
 	pluginhost "github.com/belay-edge/belay/plugins/sdk/host"
@@ -87,12 +88,17 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 	if err != nil {
 		return err
 	}
-	plugins, err := newHost(cfg, log)
+	feeding, err := feedEvery()
+	if err != nil {
+		return err
+	}
+	dog := watchdog.New(log, feeding)
+	plugins, err := newHost(cfg, dog, log)
 	if err != nil {
 		return err
 	}
 	d := &device{
-		cfg: cfg, id: id, facts: facts, log: log, startedAt: time.Now().UTC(),
+		dog: dog, cfg: cfg, id: id, facts: facts, log: log, startedAt: time.Now().UTC(),
 		runtimes: newRuntimes(plugins), ready: make(chan struct{}),
 	}
 	if unknown == nil {
@@ -113,6 +119,7 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		KeepStopped:      orElse(time.Duration(cfg.KeepStopped), time.Nanosecond),
 		KeepStoppedTasks: cfg.KeepStoppedTasks,
 		ShutdownWait:     loopStop,
+		Watch:            dog.Watch,
 	})
 	if err != nil {
 		return err
@@ -124,6 +131,9 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 	if err != nil {
 		return err
 	}
+	var done func()
+	api.Pulse, done = dog.Watch("local API", passOn)
+	defer done()
 	return d.run(ctx, api, plugins)
 }
 
@@ -134,7 +144,7 @@ func orElse(d, zero time.Duration) time.Duration {
 	return d
 }
 
-func newHost(cfg config.Config, log *slog.Logger) (*host.Host, error) {
+func newHost(cfg config.Config, dog *watchdog.Dog, log *slog.Logger) (*host.Host, error) {
 	h, err := host.New(host.Config{
 		Dir:        cfg.PluginDir,
 		StateDir:   filepath.Join(cfg.StateDir, "plugins"),
@@ -143,6 +153,7 @@ func newHost(cfg config.Config, log *slog.Logger) (*host.Host, error) {
 		Stage:      []string{"/proc/self/exe", stageArg},
 		LimitGroup: limitGroup(cfg.RunDir),
 		Logger:     log,
+		Watch:      dog.Watch,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: name where the plugins are with --plugin-dir", err)
@@ -224,7 +235,7 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 		return plugins.Run(ctx)
 	})
 	g.start("tunnel", d.tunnel)
-	g.start("plugin changes", d.runtimes.run)
+	g.start("plugin changes", func(ctx context.Context) error { return d.runtimes.run(ctx, d.dog) })
 	g.start("facts", d.keepFacts)
 	g.start("local API", api.Run)
 	g.start("memory", func(ctx context.Context) error {
@@ -238,13 +249,10 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 	return g.wait(finalStop)
 }
 
-// beReady tells systemd once the loop answers, and from then on that it does.
+// beReady tells systemd once the task loop answers, and from then on that
+// every loop turns. One that does not ends the agent, with or without systemd.
 func (d *device) beReady(ctx context.Context) error {
-	alive := func(ctx context.Context) error {
-		_, err := d.agent.Snapshot(ctx)
-		return err
-	}
-	if err := alive(ctx); err != nil {
+	if _, err := d.agent.Snapshot(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -253,5 +261,5 @@ func (d *device) beReady(ctx context.Context) error {
 	notify(d.log, daemon.SdNotifyReady)
 	d.log.Info("agent is running", "version", agentVersion(), "instance", d.id.ID, "cluster", d.id.Cluster,
 		"pid", os.Getpid(), "board", d.facts.Attributes["belay.board"])
-	return watchdog(ctx, d.log, alive)
+	return d.dog.Run(ctx, func() { notify(d.log, daemon.SdNotifyWatchdog) })
 }

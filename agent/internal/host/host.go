@@ -48,6 +48,9 @@ type Config struct {
 	// Logger gets what happens to plugins and what they write to stderr; nil:
 	// slog's default.
 	Logger *slog.Logger
+	// Watch has a loop watched until done is called: it receives from pulse
+	// whenever it waits, and is stuck when it has not for deadline. Nil: none is.
+	Watch func(name string, deadline time.Duration) (pulse <-chan struct{}, done func())
 	// Timing changes how patient the host is; zero fields keep the defaults.
 	Timing Timing
 }
@@ -212,12 +215,16 @@ func (h *Host) Run(ctx context.Context) error {
 	h.mu.Unlock()
 	start(found)
 
+	pulse, unwatch := h.watch("plugin directory", time.Minute)
+	defer unwatch()
 	tick := time.NewTicker(h.config.Timing.Scan)
 	defer tick.Stop()
 	for complained := ""; ; {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pulse:
+			continue
 		case <-tick.C:
 		}
 		added, err := h.scan()
@@ -231,6 +238,13 @@ func (h *Host) Run(ctx context.Context) error {
 		complained = ""
 		start(added)
 	}
+}
+
+func (h *Host) watch(name string, deadline time.Duration) (pulse <-chan struct{}, done func()) {
+	if h.config.Watch == nil {
+		return nil, func() {}
+	}
+	return h.config.Watch(name, deadline)
 }
 
 // scan adds plugins that are new in the directory and returns them, and has

@@ -342,7 +342,8 @@ func TestRelaunchIsTransparent(t *testing.T) {
 }
 
 func TestBadPluginsAreNamedAndHarmless(t *testing.T) {
-	f := newFixture(t, Timing{Start: 1500 * time.Millisecond, Quarantine: time.Hour, MinBackoff: time.Millisecond},
+	start := slow(1500 * time.Millisecond)
+	f := newFixture(t, Timing{Start: start, Quarantine: time.Hour, MinBackoff: time.Millisecond},
 		map[string]json.RawMessage{"misconfigured": json.RawMessage(`"this"`)},
 		"good", "misnamed", "misconfigured", "exits", "crashes", "version99", "hangs")
 	f.write(t, "text", "just words\n", 0o755)
@@ -370,7 +371,7 @@ func TestBadPluginsAreNamedAndHarmless(t *testing.T) {
 		{"version99", Failed, []string{"99", "speaks 1"}},
 		{"exits", Quarantined, []string{"exit status 3", "no reason"}},
 		{"crashes", Quarantined, []string{"exit status 4"}},
-		{"hangs", Quarantined, []string{"no handshake within 1.5s"}},
+		{"hangs", Quarantined, []string{"no handshake within " + start.String()}},
 	} {
 		s := f.wait(t, c.name, func(s Status) bool { return s.State == c.state && s.Error != "" })
 		for _, w := range c.words {

@@ -43,6 +43,7 @@ type plugin struct {
 	limits      *limits // in force; nil: none yet
 	lacks       []string
 	killed      uint64 // for memory, when the process was launched
+	pulse       <-chan struct{}
 }
 
 // notes are what is wrong with files that are not in use, with what a runtime
@@ -53,6 +54,11 @@ func newPlugin(h *Host, name, path string) *plugin {
 	return &plugin{host: h, name: name, path: path, wake: make(chan struct{}, 1), settle: func() {},
 		st: Status{Name: name, Path: path, State: Starting}}
 }
+
+// pluginDeadline is more than a replacement takes when every part of it takes
+// as long as it may: the trial of the new one, the drain and end of the old
+// one, the launch.
+const pluginDeadline = 3 * time.Minute
 
 // Why a life is over without anything being wrong.
 var (
@@ -69,6 +75,9 @@ func (r replaced) Error() string { return r.what + " was replaced" }
 // is gone.
 func (p *plugin) run(ctx context.Context) {
 	log := p.host.log.With("plugin", p.name)
+	var unwatch func()
+	p.pulse, unwatch = p.host.watch("plugin "+p.name, pluginDeadline)
+	defer unwatch()
 	defer p.settle()
 	defer p.swapped()
 	defer func() {
@@ -174,6 +183,7 @@ func (p *plugin) wait(ctx context.Context, d time.Duration) error {
 			return nil
 		case <-over:
 			return nil
+		case <-p.pulse:
 		case <-p.wake:
 			if why := p.lookWhileDown(); why != nil {
 				return why
@@ -284,6 +294,9 @@ func (p *plugin) watch(ctx context.Context, process *sdkhost.Plugin) error {
 			look = true
 		case <-settled:
 			look = true
+		case <-p.pulse:
+			beat--
+			continue
 		case <-tick.C:
 		}
 		if look {

@@ -20,6 +20,8 @@ type Status struct {
 	Attributes map[string]string `json:"attributes"`
 	CPU        uint64            `json:"cpu"` // offered to tasks, 1024 a CPU
 	MemoryMiB  uint64            `json:"memoryMiB"`
+	// Watched are the loops that the watchdog asks whether they turn.
+	Watched []string `json:"watched"`
 	// Problems are what an operator should look at, one sentence each.
 	Problems []string `json:"problems,omitempty"`
 }

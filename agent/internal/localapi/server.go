@@ -28,6 +28,9 @@ type Server struct {
 	log    *slog.Logger
 	ln     net.Listener
 	path   string
+	// Pulse is received from while the server waits; a server that does not
+	// answer its own question ends with an error. Nil: it is not asked.
+	Pulse <-chan struct{}
 }
 
 // Listen makes the socket in the run directory, which is made with mode 0700
@@ -113,10 +116,16 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(s.ln) }()
-	select {
-	case err := <-served:
-		return fmt.Errorf("serve the local API: %w", err)
-	case <-ctx.Done():
+	for ctx.Err() == nil {
+		select {
+		case err := <-served:
+			return fmt.Errorf("serve the local API: %w", err)
+		case <-ctx.Done():
+		case <-s.Pulse:
+			if err := s.answers(); err != nil {
+				return fmt.Errorf("the local API does not answer: %w", err)
+			}
+		}
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
@@ -125,6 +134,23 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	<-served
 	return nil
+}
+
+// answers asks the server something it has to refuse.
+func (s *Server) answers() error {
+	c, err := net.DialTimeout("unix", s.path, requestTime)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(2 * requestTime)); err != nil {
+		return err
+	}
+	if _, err := c.Write([]byte("HEAD / HTTP/1.0\r\n\r\n")); err != nil {
+		return err
+	}
+	_, err = c.Read(make([]byte, 1))
+	return err
 }
 
 func orEmpty[T any](list []T) []T {
