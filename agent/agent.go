@@ -354,6 +354,9 @@ func (a *Agent) Assign(ctx context.Context, incarnation string, full bool, set [
 	asked := a.ask(ctx, func(s *State) {
 		doubted := !s.trusted
 		err = s.assign(a.cfg.Journal, incarnation, full, set, sequence, a.cfg.Clock.Now())
+		if err != nil && err.Error() != a.refused {
+			a.tellRefused(set, err)
+		}
 		a.logAssign(err)
 		if doubted && s.trusted {
 			a.cfg.Logger.Info("the control plane has sent everything again: nothing of what was damaged is missing any more")
@@ -381,6 +384,9 @@ func (a *Agent) Snapshot(ctx context.Context) (Snapshot, error) {
 	err := a.ask(ctx, func(s *State) {
 		out = s.snapshot()
 		out.Connected = a.up
+		if a.refused != "" {
+			out.Problems = append(out.Problems, "what the control plane assigned cannot be taken over: "+a.refused)
+		}
 	})
 	return out, err
 }
@@ -405,6 +411,24 @@ func (a *Agent) ask(ctx context.Context, f func(*State)) error {
 	}
 	<-q.done // it was taken: f is running or has run
 	return nil
+}
+
+// tellRefused tells of tasks that could not be taken over, for whoever waits
+// for them to start. It is said once for each error.
+func (a *Agent) tellRefused(set []*wire.Assignment, err error) {
+	const most = 100 // a level each is kept until it is acknowledged
+	told := 0
+	for _, as := range set {
+		if as.GetRemoved() || as.GetDesired() == Stopped || as.GetTaskId() == "" || a.state.task(as.GetTaskId()) != nil || told == most {
+			continue
+		}
+		told++
+		a.sequence++
+		a.cfg.Uplink.TaskStatus(&wire.TaskStatus{
+			TaskId: as.GetTaskId(), LastStatus: Pending, Health: HealthUnknown, Sequence: a.sequence, At: a.cfg.Clock.When(),
+			Note: "the device cannot take it over: " + err.Error(),
+		})
+	}
 }
 
 // logAssign is apart from logJournal: on a full disk there may be room for a
