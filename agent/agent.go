@@ -87,6 +87,7 @@ type Agent struct {
 	// Owned by the goroutine of Run.
 	state    *State
 	started  time.Duration
+	slept    time.Duration // of the device since its boot, as last looked at
 	sequence uint64
 	calls    map[string]context.CancelFunc // pulls under way, by task and container
 	running  map[string]int                // calls under way, by sort
@@ -122,6 +123,9 @@ func New(cfg Config) (*Agent, error) {
 		PullGiveUp: cfg.PullGiveUp, KeepStopped: cfg.KeepStopped, KeepStoppedTasks: cfg.KeepStoppedTasks,
 	}, cfg.Clock.BootID(), cfg.Saved, a.started, cfg.Jitter)
 	a.hold()
+	if clock, ok := cfg.Clock.(Sleeper); ok {
+		a.slept = a.started - clock.Awake()
+	}
 	return a, nil
 }
 
@@ -151,6 +155,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 // turn is one pass of the loop: take in what came, decide, write, call, tell.
 func (a *Agent) turn(ctx context.Context, under *sync.WaitGroup) {
+	a.noticeSleep()
 	a.absorb()
 	now := a.cfg.Clock.Now()
 	acts, wake, err := a.state.step(a.cfg.Journal, now)

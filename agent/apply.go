@@ -64,7 +64,7 @@ func (s *State) nextAttempt(t *Task, c *Container, number int, now time.Duration
 // clearRun forgets what the last run left on the container.
 func (c *Container) clearRun() {
 	c.Started, c.RuntimeID, c.PID, c.IP, c.Ports = false, "", 0, "", nil
-	c.ExitCode, c.Reason, c.RanFor, c.Rebooted = nil, "", 0, false
+	c.ExitCode, c.Reason, c.RanFor, c.Rebooted, c.slept = nil, "", 0, false, 0
 	c.health = probe{}
 }
 
@@ -263,7 +263,7 @@ func (s *State) finishStart(t *Task, c *Container, r result, now time.Duration) 
 	if r.err == nil {
 		c.retry, c.conflicts = retry{}, 0
 		c.pulled = false // what is there now may be gone by the next attempt
-		c.StartedAt = now
+		c.StartedAt, c.slept = now, 0
 		s.observe(t, c, r.found, now, false)
 		return
 	}
@@ -428,7 +428,7 @@ func (s *State) exit(c *Container, code *int, reason string, now time.Duration) 
 	c.Removed = false
 	c.Rebooted = code == nil && c.BootID != s.BootID
 	if c.BootID == s.BootID && c.Started {
-		c.RanFor = max(0, now-c.StartedAt)
+		c.RanFor = max(0, now-c.awakeSince())
 	}
 	c.retry = retry{}
 	if c.Rebooted || c.RanFor >= steadyRun {
@@ -452,7 +452,7 @@ func (c *Container) probed(r result, now time.Duration) {
 		c.health.status, c.health.fails, c.health.why = HealthHealthy, 0, ""
 	case r.err != nil && sdk.KindOf(r.err) != sdk.Deadline:
 		// The check did not run: it says nothing about the container.
-	case now < c.StartedAt+seconds(check.GetStartPeriodS(), 0) && c.health.status != HealthHealthy:
+	case now < c.awakeSince()+seconds(check.GetStartPeriodS(), 0) && c.health.status != HealthHealthy:
 	default:
 		c.health.fails++
 		if c.health.fails >= int(max(1, orElse(check.GetRetries(), 3))) && c.health.status != HealthUnhealthy {

@@ -25,7 +25,8 @@ func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Ass
 		for _, t := range s.Tasks {
 			// Absence speaks only for the incarnation that named the task:
 			// after a restore from backup it stops nothing.
-			if !named[t.ID] && s.speaksFor(incarnation, t) && !t.removed() {
+			speaks := s.speaksFor(incarnation, t) || vouched && t.Origin == ""
+			if !named[t.ID] && speaks && !t.removed() {
 				t.wish(&Desired{Status: Stopped, Reason: "The control plane no longer knows the task", Sequence: sequence, Removed: true})
 			}
 		}

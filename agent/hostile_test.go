@@ -189,6 +189,11 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 		"time passes": func(*rapid.T) {
 			s.clock.now += time.Duration(rapid.IntRange(0, 70_000).Draw(s.t, "ms")) * time.Millisecond
 		},
+		"the device sleeps": func(*rapid.T) {
+			d := time.Duration(rapid.Int64Range(int64(time.Second), int64(30*365*24*time.Hour)).Draw(s.t, "for"))
+			s.clock.now += d
+			s.state.wokeAfter(d)
+		},
 		"things go on":       func(*rapid.T) { s.goOn(rapid.IntRange(1, 12).Draw(s.t, "turns")) },
 		"things go on well":  func(*rapid.T) { s.heal(); s.goOn(8) },
 		"things go on again": func(*rapid.T) { s.goOn(4) },

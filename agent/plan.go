@@ -285,7 +285,7 @@ func (p *planner) hopeless(t *Task, c *Container, d *wire.Dependency) string {
 	}
 	limit := on.Spec.GetStartTimeoutS()
 	if limit > 0 && cond != "START" && on.Started && on.BootID == p.s.BootID &&
-		p.due(on.StartedAt+seconds(limit, 0)) {
+		p.due(on.awakeSince()+seconds(limit, 0)) {
 		return fmt.Sprintf("Container %s did not become %s within its startTimeout of %d s, and %s depends on it",
 			d.GetContainer(), cond, limit, c.Spec.GetName())
 	}

@@ -82,6 +82,7 @@ type Container struct {
 	HostPorts []int
 	Devices   []DeviceRef
 	StartedAt time.Duration
+	slept     time.Duration // of the device, since then, as far as this life saw it
 	Started   bool
 	RuntimeID string
 	PID       int

@@ -16,7 +16,8 @@ import (
 
 // Clock keeps time by CLOCK_BOOTTIME, which no one sets and which goes on in
 // suspend; Go's own timers stop there, so After is driven by one timerfd on
-// that clock. It implements agent.Clock.
+// that clock. It implements agent.Clock
+// and agent.Sleeper.
 type Clock struct {
 	bootID string
 	fd     *os.File
@@ -62,6 +63,15 @@ func (c *Clock) Now() time.Duration {
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
 		// Only a clock id or address it does not know makes it fail.
 		panic("clock_gettime(CLOCK_BOOTTIME): " + err.Error())
+	}
+	return time.Duration(ts.Nano())
+}
+
+// Awake is the time since boot, suspend left out.
+func (c *Clock) Awake() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		panic("clock_gettime(CLOCK_MONOTONIC): " + err.Error()) // as above
 	}
 	return time.Duration(ts.Nano())
 }

@@ -297,23 +297,27 @@ func TestDialSaysWhatIsWrong(t *testing.T) {
 
 func TestClockAndNamesDoNotMatterToTheAgent(t *testing.T) {
 	r := newRig(t, nil)
-	old, err := r.ca.Leaf([]string{"elsewhere.example"}, time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC))
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := Listen(ListenConfig{Address: "127.0.0.1:0", Tunnel: old})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = l.Close() })
-	for _, transport := range transports {
-		cfg := r.config(transport)
-		cfg.Address = l.Addr().String()
-		s, err := Dial(within(t, 5*time.Second), cfg)
+	// Expired long ago: a device whose clock is ahead. Not valid for centuries:
+	// one that booted in 1970.
+	for _, year := range []int{1999, 2400} {
+		leaf, err := r.ca.Leaf([]string{"elsewhere.example"}, time.Date(year, 1, 1, 0, 0, 0, 0, time.UTC))
 		if err != nil {
-			t.Fatalf("%s: %v", transport, err)
+			t.Fatal(err)
 		}
-		s.Close("", "")
+		l, err := Listen(ListenConfig{Address: "127.0.0.1:0", Tunnel: leaf})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = l.Close() })
+		for _, transport := range transports {
+			cfg := r.config(transport)
+			cfg.Address = l.Addr().String()
+			s, err := Dial(within(t, 5*time.Second), cfg)
+			if err != nil {
+				t.Fatalf("%s, leaf of %d: %v", transport, year, err)
+			}
+			s.Close("", "")
+		}
 	}
 }
 
