@@ -255,6 +255,15 @@ func TestDamagedIdentity(t *testing.T) {
 			if err := damage(dir); err != nil {
 				t.Fatal(err)
 			}
+			// There is a copy, which makes it good.
+			if err := s.agent.Restart(); err != nil {
+				t.Fatal(err)
+			}
+			s.says(t, "the agent to be itself by the copy", func(l local) bool { return l.Link.Connected })
+			s.agent.Kill()
+			if err := errors.Join(damage(dir), os.Remove(filepath.Join(dir, "copy.json"))); err != nil {
+				t.Fatal(err)
+			}
 			for range 2 {
 				if err := s.agent.Restart(); err != nil {
 					t.Fatal(err)

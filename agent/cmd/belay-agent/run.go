@@ -74,6 +74,14 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		return fmt.Errorf("%w: %s holds no identity: make an activation with \"belay activation create\", then run: belay-agent enroll --state-dir %s --activation CODE",
 			unknown, cfg.StateDir, cfg.StateDir)
 	}
+	if unknown == nil {
+		if id.Damage != "" {
+			log.Error("this device's identity was damaged and is read from its copy", "problem", id.Damage)
+		}
+		if err := identity.Secure(cfg.StateDir, id); err != nil {
+			log.Warn("there is no good copy of this device's identity", "error", err)
+		}
+	}
 	journal, saved, err := state.Open(cfg.StateDir)
 	if err != nil {
 		return err

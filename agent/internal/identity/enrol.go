@@ -91,6 +91,9 @@ func (e *Enrolment) Commit(i Instance) error {
 		return fmt.Errorf("record identity: %w", err)
 	}
 	steps := []func() error{
+		func() error { return syncParents(e.dir) },
+		func() error { return removeIfThere(filepath.Join(e.dir, copyName)) }, // of the one before
+		func() error { return syncDir(e.dir) },
 		func() error { return removeIfThere(final) }, // never a new key beside an old instance
 		func() error { return os.Rename(e.pending, key) },
 		func() error { return syncDir(e.dir) },
@@ -102,6 +105,8 @@ func (e *Enrolment) Commit(i Instance) error {
 			return fmt.Errorf("record identity: %w", err)
 		}
 	}
+	// Failing, the agent makes it at its next start.
+	_ = writeCopy(e.dir, Identity{Instance: i, Key: e.Key})
 	// Keys of attempts with other control planes are of no use any more.
 	stale, _ := filepath.Glob(filepath.Join(e.dir, "pending-*"))
 	for _, p := range stale {

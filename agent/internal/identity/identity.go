@@ -4,6 +4,7 @@
 //
 //	S/identity/key.pem            private key, 0600
 //	S/identity/instance.json      which instance of which control plane
+//	S/identity/copy.json          both once more, with a checksum
 //	S/identity/pending-PIN.pem    key of an enrolment whose answer is not known yet
 package identity
 
@@ -35,6 +36,12 @@ type Instance struct {
 type Identity struct {
 	Instance
 	Key []byte // PEM; never logged
+	// Damage is what is wrong with the files that Load did without.
+	Damage string
+}
+
+func (i Identity) complete() bool {
+	return i.ID != "" && i.Pin != "" && len(i.Addresses) > 0 && len(i.Key) > 0
 }
 
 const (
@@ -43,9 +50,15 @@ const (
 	instanceName = "instance.json"
 )
 
-// Load reads the identity in a state directory. Errors: ErrNotEnrolled.
+// Load reads the identity in a state directory. What is damaged is taken from
+// the copy, if that checks out. Errors: ErrNotEnrolled.
 func Load(stateDir string) (Identity, error) {
 	dir := filepath.Join(stateDir, dirName)
+	id, err := load(dir)
+	return settle(dir, id, err)
+}
+
+func load(dir string) (Identity, error) {
 	text, err := os.ReadFile(filepath.Join(dir, instanceName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return Identity{}, ErrNotEnrolled
@@ -63,6 +76,9 @@ func Load(stateDir string) (Identity, error) {
 	if id.Key, err = os.ReadFile(filepath.Join(dir, keyName)); err != nil {
 		return Identity{}, fmt.Errorf("read identity: the key is missing or unreadable: %w: restore it or enrol again with --force", err)
 	}
+	if len(id.Key) == 0 {
+		return Identity{}, fmt.Errorf("read identity: %s is empty: restore it or enrol again with --force", filepath.Join(dir, keyName))
+	}
 	return id, nil
 }
 
@@ -77,6 +93,9 @@ func SetAddresses(stateDir string, addresses []string) error {
 		return nil
 	}
 	id.Addresses = addresses
+	if err := writeCopy(filepath.Join(stateDir, dirName), id); err != nil {
+		return fmt.Errorf("remember the control plane's addresses: %w", err)
+	}
 	text, err := encode(id.Instance)
 	if err != nil {
 		return err

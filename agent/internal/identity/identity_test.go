@@ -60,10 +60,10 @@ func TestEnrolment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(Identity{instance("i1"), []byte("k1")}, got); diff != "" {
+	if diff := cmp.Diff(Identity{Instance: instance("i1"), Key: []byte("k1")}, got); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff([]string{"identity", "identity/instance.json", "identity/key.pem"}, files(t, dir)); diff != "" {
+	if diff := cmp.Diff([]string{"identity", "identity/copy.json", "identity/instance.json", "identity/key.pem"}, files(t, dir)); diff != "" {
 		t.Error(diff)
 	}
 	for path, want := range map[string]fs.FileMode{dir: 0o700, dir + "/identity": 0o700, dir + "/identity/key.pem": 0o600, dir + "/identity/instance.json": 0o600} {
@@ -125,7 +125,7 @@ func TestLostAnswerIsRetriedWithTheSameKey(t *testing.T) {
 	if err := retry.Commit(instance("i")); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{"identity", "identity/instance.json", "identity/key.pem"}, files(t, dir)); diff != "" {
+	if diff := cmp.Diff([]string{"identity", "identity/copy.json", "identity/instance.json", "identity/key.pem"}, files(t, dir)); diff != "" {
 		t.Error(diff)
 	}
 
@@ -191,6 +191,12 @@ func TestLoadDamaged(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, "identity", "instance.json"), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
+			if id, err := Load(dir); err != nil || id.ID != "i" || id.Damage == "" {
+				t.Errorf("with a copy: %+v, %v", id, err)
+			}
+			if err := os.Remove(filepath.Join(dir, "identity", "copy.json")); err != nil {
+				t.Fatal(err)
+			}
 			if _, err := Load(dir); err == nil || !strings.Contains(err.Error(), "--force") {
 				t.Errorf("error must say what to do: %v", err)
 			}
@@ -223,5 +229,82 @@ func TestSetAddressesWritesOnlyChanges(t *testing.T) {
 	got, err := Load(dir)
 	if err != nil || !cmp.Equal(got.Addresses, []string{"h:2", "h:3"}) {
 		t.Errorf("%v %v", got.Addresses, err)
+	}
+}
+
+// Whatever is damaged in one of the files, the device knows who it is, and
+// after Secure all of them say so again.
+func TestEveryDamageOfOneFileOfAnIdentityIsMadeGood(t *testing.T) {
+	dir := t.TempDir()
+	if err := begin(t, dir, pin, "a key in PEM").Commit(instance("i")); err != nil {
+		t.Fatal(err)
+	}
+	want, err := Load(dir)
+	if err != nil || want.Damage != "" {
+		t.Fatal(want, err)
+	}
+	for _, name := range []string{"instance.json", "key.pem", "copy.json"} {
+		path := filepath.Join(dir, "identity", name)
+		good, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		try := func(what string, damage func() error) {
+			t.Helper()
+			if err := damage(); err != nil {
+				t.Fatal(err)
+			}
+			got, err := Load(dir)
+			if err != nil {
+				t.Fatalf("%s %s: %v", name, what, err)
+			}
+			if err := Secure(dir, got); err != nil {
+				t.Fatal(err)
+			}
+			got.Damage = ""
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Fatalf("%s %s: %s", name, what, diff)
+			}
+			if again, err := Load(dir); err != nil || again.Damage != "" {
+				t.Fatalf("%s %s: not made good: %q, %v", name, what, again.Damage, err)
+			}
+		}
+		try("gone", func() error { return os.Remove(path) })
+		for at := 0; at < len(good); at += 5 {
+			bad := append([]byte{}, good...)
+			bad[at] ^= 1 << (at % 8)
+			try("flipped", func() error { return os.WriteFile(path, bad, 0o600) })
+		}
+		for size := 0; size < len(good); size += 5 {
+			try("cut", func() error { return os.WriteFile(path, good[:size], 0o600) })
+		}
+	}
+}
+
+// An agent that knows no copies enrolled the device anew: its word counts.
+func TestCopyOfAnIdentityBeforeIsNotBelieved(t *testing.T) {
+	dir := t.TempDir()
+	if err := begin(t, dir, pin, "k1").Commit(instance("i1")); err != nil {
+		t.Fatal(err)
+	}
+	old, err := os.ReadFile(filepath.Join(dir, "identity", "copy.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := begin(t, dir, pin, "k2").Commit(instance("i2")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "identity", "copy.json"), old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Load(dir)
+	if err != nil || got.ID != "i2" || string(got.Key) != "k2" || got.Damage != "" {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if err := Secure(dir, got); err != nil {
+		t.Fatal(err)
+	}
+	if c, ok := readCopy(filepath.Join(dir, "identity")); !ok || c.ID != "i2" {
+		t.Errorf("the copy is still of %s", c.ID)
 	}
 }

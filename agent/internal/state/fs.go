@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // fileSystem is what the journal needs of a disk; small, so that tests can
@@ -34,6 +36,9 @@ type file interface {
 	io.WriteCloser
 	Sync() error
 	Truncate(size int64) error // and write from there on
+	// reserve sets space aside for the file to grow to that size, where the
+	// file system can.
+	reserve(size int64)
 }
 
 // disk is the real file system below a directory.
@@ -127,6 +132,10 @@ func (d disk) syncDir(name string) error {
 }
 
 type diskFile struct{ *os.File }
+
+func (f diskFile) reserve(size int64) {
+	_ = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, size)
+}
 
 func (f diskFile) Truncate(size int64) error {
 	if err := f.File.Truncate(size); err != nil {

@@ -35,6 +35,9 @@ const (
 	// The log is rewritten once it is this large and mostly history.
 	compactPast  = 64 << 10
 	compactRatio = 4
+	// Room that the log has whatever else fills the disk: what stops, ends and
+	// starts again on a full one is on record all the same.
+	reserved = 128 << 10
 )
 
 // Journal implements agent.Journal on files. It is not safe for concurrent use.
@@ -227,6 +230,7 @@ func (j *Journal) append(entries ...entry) error {
 		if terr := j.log.Truncate(j.size); terr != nil {
 			j.rewrite = true
 		}
+		j.log.reserve(j.size + reserved)
 		return fmt.Errorf("append to the log: %w", err)
 	}
 	if err := j.log.Sync(); err != nil {
@@ -316,6 +320,7 @@ func (j *Journal) compact() error {
 	if j.log != nil {
 		_ = j.log.Close() // of a file that is gone
 	}
+	f.reserve(int64(len(b)) + reserved)
 	j.log, j.size, j.liveSize, j.rewrite = f, int64(len(b)), int64(len(b)), false
 	j.forgotten = kept
 	return nil

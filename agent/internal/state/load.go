@@ -202,6 +202,7 @@ func (j *Journal) settle(raw []byte, log replayed) error {
 		if err != nil {
 			return fmt.Errorf("open the log: %w", err)
 		}
+		f.reserve(int64(len(raw)) + reserved)
 		j.log, j.size, j.liveSize = f, int64(len(raw)), int64(len(raw))
 		return nil
 	}
@@ -214,7 +215,11 @@ func (j *Journal) settle(raw []byte, log replayed) error {
 		// No room for a new one: go on with the old, its torn tail cut off.
 		f, oerr := j.fs.open(logName)
 		if oerr == nil {
-			if oerr = f.Truncate(int64(log.good)); oerr == nil {
+			if log.good < len(raw) {
+				oerr = f.Truncate(int64(log.good))
+			}
+			if oerr == nil {
+				f.reserve(int64(log.good) + reserved)
 				j.log, j.size, j.liveSize, j.rewrite = f, int64(log.good), int64(log.good), false
 				return nil
 			}

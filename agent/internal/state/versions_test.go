@@ -176,19 +176,17 @@ func TestEveryDamageOfOneFileIsSurvived(t *testing.T) {
 	same := func(s agent.Saved) bool { return cmp.Equal(clean, s, protocmp.Transform()) }
 	for name, b := range files {
 		for at := range b {
-			for _, x := range []byte{1 << (at % 8), b[at]} {
-				if x == 0 {
-					continue
-				}
-				bad := bytes.Clone(b)
-				bad[at] ^= x
-				s := load(t, name, bad)
-				if len(s.Tasks) != 2 {
-					t.Fatalf("%s: byte %d: %d tasks", name, at, len(s.Tasks))
-				}
-				if len(s.Problems) == 0 && !same(s) {
-					t.Errorf("%s: byte %d with %#x: something else is read and nothing said", name, at, x)
-				}
+			bad, x := bytes.Clone(b), byte(1<<(at%8))
+			if at%2 == 0 && b[at] != 0 {
+				x = b[at]
+			}
+			bad[at] ^= x
+			s := load(t, name, bad)
+			if len(s.Tasks) != 2 {
+				t.Fatalf("%s: byte %d: %d tasks", name, at, len(s.Tasks))
+			}
+			if len(s.Problems) == 0 && !same(s) {
+				t.Errorf("%s: byte %d with %#x: something else is read and nothing said", name, at, x)
 			}
 		}
 		for size := range b {
