@@ -49,6 +49,9 @@ func (s *site) says(t *testing.T, what string, ok func(local) bool) (l local) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	if len(l.Problems) > 0 {
+		t.Logf("problems: %q", l.Problems)
+	}
 	return l
 }
 

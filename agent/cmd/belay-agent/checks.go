@@ -82,7 +82,27 @@ func checkState(_ context.Context, p patient) []finding {
 	case st.Mode().Perm()&0o077 != 0:
 		return one(warn("chmod 700 "+p.cfg.StateDir, "%s can be read by others (mode %04o)", p.cfg.StateDir, st.Mode().Perm()))
 	}
-	return one(ok("%s", p.cfg.StateDir))
+	found := one(ok("%s", p.cfg.StateDir))
+	aside := filepath.Join(p.cfg.StateDir, "damaged")
+	if copies, err := os.ReadDir(aside); err == nil && len(copies) > 0 {
+		found = append(found, warn("see what the kernel says of the disk (dmesg), and remove them once you have looked at them",
+			"%d damaged records were set aside in %s, the last on %s", len(copies), aside, lastChange(copies)))
+	}
+	if id, err := identity.Load(p.cfg.StateDir); err == nil && id.Damage != "" {
+		found = append(found, warn("restart the agent: it makes them good from their copy", "the identity's files are damaged: %s", id.Damage))
+	}
+	return found
+}
+
+// lastChange is the day of the newest of some files.
+func lastChange(files []fs.DirEntry) string {
+	var last time.Time
+	for _, f := range files {
+		if info, err := f.Info(); err == nil && info.ModTime().After(last) {
+			last = info.ModTime()
+		}
+	}
+	return last.Format(time.DateOnly)
 }
 
 // Below these the agent cannot keep its records, or tasks soon cannot start.

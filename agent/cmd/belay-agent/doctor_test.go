@@ -114,6 +114,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, resultWarn, "chmod 700"},
+		{"damaged records", "state directory", func(t *testing.T, p *patient) { plant(t, p.cfg.StateDir+"/damaged/log.1", 0o600) }, resultWarn, "1 damaged records were set aside"},
 		{"plugins", "plugins", nil, resultOK, "containerd in"},
 		{"no plugin directory", "plugins", func(_ *testing.T, p *patient) { p.cfg.PluginDir += "x" }, resultFail, "--plugin-dir"},
 		{"not executable", "plugins", func(t *testing.T, p *patient) { plant(t, p.cfg.PluginDir+"/process", 0o644) }, resultFail, "process is not executable"},

@@ -202,6 +202,10 @@ func (j *Journal) settle(raw []byte, log replayed) error {
 		if err != nil {
 			return fmt.Errorf("open the log: %w", err)
 		}
+		// A life that was killed may have written what it never synced.
+		if err := f.Sync(); err != nil {
+			return errors.Join(fmt.Errorf("sync the log: %w", err), f.Close())
+		}
 		f.reserve(int64(len(raw)) + reserved)
 		j.log, j.size, j.liveSize = f, int64(len(raw)), int64(len(raw))
 		return nil
@@ -218,6 +222,7 @@ func (j *Journal) settle(raw []byte, log replayed) error {
 			if log.good < len(raw) {
 				oerr = f.Truncate(int64(log.good))
 			}
+			oerr = errors.Join(oerr, f.Sync())
 			if oerr == nil {
 				f.reserve(int64(log.good) + reserved)
 				j.log, j.size, j.liveSize, j.rewrite = f, int64(log.good), int64(log.good), false
