@@ -133,7 +133,7 @@ func (s *State) write(j Journal, now time.Duration, force bool) (wrote bool, err
 		}
 		t.unsaved(add)
 	}
-	if len(records) == 0 && len(forget) == 0 && s.journal.failures == 0 {
+	if len(records) == 0 && len(forget) == 0 && (force || s.journal.failures == 0) {
 		return false, nil
 	}
 	if len(records) > 0 || len(forget) == 0 { // without any: whether it works again
