@@ -56,16 +56,17 @@ func (s *State) admit(a *wire.Assignment) *Task {
 }
 
 // vouches says whether a whole set of that incarnation can end doubt: it is the
-// one on record, or nothing on record says otherwise.
+// one on record, or nothing on record says otherwise. It cannot for a lost task
+// that another incarnation named.
 func (s *State) vouches(incarnation string) bool {
-	if s.Applied.Incarnation != "" {
-		return s.Applied.Incarnation == incarnation
-	}
 	other := func(origin string) bool { return origin != "" && origin != incarnation }
 	for _, st := range s.mislaid {
 		if other(st.Origin) {
 			return false
 		}
+	}
+	if s.Applied.Incarnation != "" {
+		return s.Applied.Incarnation == incarnation
 	}
 	return !slices.ContainsFunc(s.Tasks, func(t *Task) bool { return other(t.Origin) })
 }

@@ -254,8 +254,9 @@ func (j *Journal) append(entries ...entry) error {
 	return nil
 }
 
-// ForgetTask removes everything about a task. The note in the log comes
-// first: after a power cut the next start finishes the rest.
+// ForgetTask removes everything about a task. The note in the log comes first
+// and is what counts: what cannot be removed now, because of a power cut or of
+// something in the way, is tried again whenever the log is rewritten.
 func (j *Journal) ForgetTask(id string) error {
 	if !validName(id) {
 		return fmt.Errorf("task id %q cannot name a directory", id)
@@ -263,7 +264,8 @@ func (j *Journal) ForgetTask(id string) error {
 	if err := j.append(entry{Record: agent.Record{Task: id}, Forget: true}); err != nil {
 		return err
 	}
-	return j.removeTask(id)
+	_ = j.removeTask(id)
+	return nil
 }
 
 func (j *Journal) removeTask(id string) error {

@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strings"
 	"sync"
@@ -100,7 +101,9 @@ func Synchronized() bool {
 // After sends once d has passed, suspend included. A channel nobody reads any
 // more costs a few bytes until then.
 func (c *Clock) After(d time.Duration) <-chan time.Time {
-	w := &deadline{at: c.Now() + max(d, 0), ch: make(chan time.Time, 1)}
+	now := c.Now()
+	d = min(max(d, 0), math.MaxInt64-now) // "for ever" must not come round to the past
+	w := &deadline{at: now + d, ch: make(chan time.Time, 1)}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {

@@ -1,6 +1,7 @@
 package system
 
 import (
+	"math"
 	"testing"
 	"time"
 )
@@ -50,6 +51,22 @@ func TestClockTells(t *testing.T) {
 	}
 	if a, b := c.Now(), c.Now(); b < a {
 		t.Errorf("went back from %v to %v", a, b)
+	}
+}
+
+// The end of time is not the past, and a device that has not slept was awake.
+func TestClockForEver(t *testing.T) {
+	c := newClock(t)
+	for _, d := range []time.Duration{math.MaxInt64, math.MaxInt64 - time.Minute} {
+		select {
+		case <-c.After(d):
+			t.Errorf("fired after no time at all instead of %v", d)
+		case <-c.After(20 * time.Millisecond):
+		}
+	}
+	before, awake, now := c.Now(), c.Awake(), c.Now()
+	if awake <= 0 || awake > now {
+		t.Errorf("awake for %v of %v to %v", awake, before, now)
 	}
 }
 
