@@ -17,7 +17,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-faults test-teeth test-docker test-vm test-arm lint bench bench-scale fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-faults test-teeth test-docker test-vm test-arm lint bench bench-scale bench-idle fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -98,6 +98,9 @@ bench: setup build ## what it costs: memory, latency beside ctr, binary sizes
 bench-scale: build ## 10,000 simulated devices come back after a restart of the control plane (DEVICES=N)
 	@$(GOBUILD) -o $(BIN)/ ./agent/cmd/belay-sim
 	BELAY_BENCH_DEVICES=$(or $(DEVICES),10000) go test ./hw-tests/blackbox -run '^$$' -bench '^BenchmarkReconnect$$' -benchtime 1x -timeout 30m -bin $(abspath $(BIN))
+
+bench-idle: setup build ## what an idle device sends and writes in 10 minutes, over QUIC and over TCP (IDLE=10m)
+	BELAY_BENCH_IDLE=$(or $(IDLE),10m) go test ./hw-tests/blackbox -run '^$$' -bench '^BenchmarkIdle$$' -benchtime 1x -timeout 2h -bin $(abspath $(BIN))
 
 FUZZTIME ?= 30s
 fuzz: ## every fuzz target for FUZZTIME

@@ -121,6 +121,16 @@ func agentPID(t *testing.T) string {
 // agent tells, and not in the agent's group.
 func limited(t *testing.T, when string) {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), slow(time.Minute))
+	defer cancel()
+	// A systemd that is busy puts a plugin into its unit later.
+	if err := rig.Until(ctx, nil, when+" the plugins' limits to hold", func() error { return limits(t) }); err != nil {
+		t.Error(err)
+	}
+}
+
+// limits says which plugin's limit does not hold.
+func limits(t *testing.T) error {
 	var l struct {
 		Plugins []struct {
 			Name, State        string
@@ -130,23 +140,24 @@ func limited(t *testing.T, when string) {
 		}
 	}
 	if err := json.Unmarshal([]byte(command(t, "/usr/bin/belay-agent", "plugins", "-o", "json")), &l); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	if len(l.Plugins) != 2 {
-		t.Errorf("%s there are %d plugins", when, len(l.Plugins))
+		return fmt.Errorf("there are %d plugins", len(l.Plugins))
 	}
 	for _, p := range l.Plugins {
 		if p.MemoryMaxBytes == 0 || len(p.ProtectionsMissing) > 0 {
-			t.Errorf("%s plugin %s: limit %d, missing %q", when, p.Name, p.MemoryMaxBytes, p.ProtectionsMissing)
+			return fmt.Errorf("plugin %s: limit %d, missing %q", p.Name, p.MemoryMaxBytes, p.ProtectionsMissing)
 		}
 		group, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID))
 		path := strings.TrimPrefix(strings.TrimSpace(string(group)), "0::")
 		want := fmt.Sprintf("/belay.slice/belay-plugins.slice/belay-plugins-%s.slice/belay-plugins-%[1]s-%d.scope", p.Name, p.PID)
 		limit, _ := os.ReadFile(filepath.Join("/sys/fs/cgroup", filepath.Dir(path), "memory.max"))
 		if path != want || strings.TrimSpace(string(limit)) != fmt.Sprint(p.MemoryMaxBytes) {
-			t.Errorf("%s plugin %s is in %s with memory.max %s, want %s with %d", when, p.Name, path, limit, want, p.MemoryMaxBytes)
+			return fmt.Errorf("plugin %s is in %s with memory.max %s, want %s with %d", p.Name, path, limit, want, p.MemoryMaxBytes)
 		}
 	}
+	return nil
 }
 
 func TestBefore(t *testing.T) {

@@ -395,7 +395,7 @@ func TestBadPluginsAreNamedAndHarmless(t *testing.T) {
 }
 
 func TestHungPluginIsRelaunched(t *testing.T) {
-	f := newFixture(t, Timing{Ping: 50 * time.Millisecond, PingAnswer: 100 * time.Millisecond, Close: 200 * time.Millisecond}, nil, "stops")
+	f := newFixture(t, Timing{Ping: 50 * time.Millisecond, PingAnswer: slow(100 * time.Millisecond), Close: 200 * time.Millisecond}, nil, "stops")
 	f.start(t)
 	s := f.wait(t, "stops", func(s Status) bool { return s.Restarts > 0 && s.State == Ready })
 	if s.Error != "" {

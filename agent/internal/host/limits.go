@@ -204,6 +204,11 @@ func (g *group) join(pid int) error {
 	if paths, g.joined = g.units.join(pid, "memory", "cpu", "pids"); g.joined != nil {
 		return g.joined
 	}
+	return g.place(paths)
+}
+
+// place notes where systemd keeps the processes, and what it does not limit.
+func (g *group) place(paths map[string]string) error {
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	g.unheeded, g.slice = nil, controller{}
 	for _, m := range cgroupMounts(string(mounts)) {
@@ -325,10 +330,21 @@ func (p *plugin) relimit(s Settings, kinds []sdk.Kind) {
 // limitAgain repeats what systemd had no time for when the process was
 // launched, as in the rush of a boot.
 func (p *plugin) limitAgain(process *sdkhost.Plugin) {
-	if p.group == nil || p.group.joined == nil && (p.limits == nil || p.limits.failed == nil) {
+	if p.group == nil {
 		return
 	}
-	_ = p.group.join(process.PID()) // the status says why not
+	switch before := len(p.group.unheeded); {
+	case p.group.joined != nil || p.limits != nil && p.limits.failed != nil:
+		_ = p.group.join(process.PID()) // the status says why not
+	case before == 0:
+		return
+	default:
+		// It may have moved the process in some hierarchies of version 1 since.
+		paths, err := p.group.units.now(process.PID())
+		if err != nil || p.group.place(paths) != nil || len(p.group.unheeded) == before {
+			return
+		}
+	}
 	p.killed, _ = p.group.kills()
 	p.relimit(p.files.running, process.Info().Kinds)
 	if p.group.joined == nil && p.limits.failed == nil {

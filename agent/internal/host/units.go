@@ -129,6 +129,15 @@ func (u *units) join(pid int, want ...string) (map[string]string, error) {
 	}
 }
 
+// now is where a process of the slice is at this moment.
+func (u *units) now(pid int) (map[string]string, error) {
+	groups, err := groupsOf(pid)
+	if err != nil {
+		return nil, err
+	}
+	return u.find(groups, u.scope+strconv.Itoa(pid)+".scope"), nil
+}
+
 // find says where the slice is in each hierarchy, for a process in the scope.
 // In one that nothing is asked of for the scope itself, version 1 has the
 // process in the slice.
