@@ -324,15 +324,13 @@ func (*InfoRequest) Descriptor() ([]byte, []int) {
 }
 
 type InfoResponse struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	Version    string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
-	Images     bool                   `protobuf:"varint,2,opt,name=images,proto3" json:"images,omitempty"`
-	Exec       bool                   `protobuf:"varint,3,opt,name=exec,proto3" json:"exec,omitempty"`
-	Stats      bool                   `protobuf:"varint,4,opt,name=stats,proto3" json:"stats,omitempty"`
-	Networks   []string               `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
-	Attributes map[string]string      `protobuf:"bytes,6,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Images and RemoveImage work. Since version 2.
-	ImageStore    bool `protobuf:"varint,7,opt,name=image_store,json=imageStore,proto3" json:"image_store,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	Images        bool                   `protobuf:"varint,2,opt,name=images,proto3" json:"images,omitempty"`
+	Exec          bool                   `protobuf:"varint,3,opt,name=exec,proto3" json:"exec,omitempty"`
+	Stats         bool                   `protobuf:"varint,4,opt,name=stats,proto3" json:"stats,omitempty"`
+	Networks      []string               `protobuf:"bytes,5,rep,name=networks,proto3" json:"networks,omitempty"`
+	Attributes    map[string]string      `protobuf:"bytes,6,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -407,13 +405,6 @@ func (x *InfoResponse) GetAttributes() map[string]string {
 		return x.Attributes
 	}
 	return nil
-}
-
-func (x *InfoResponse) GetImageStore() bool {
-	if x != nil {
-		return x.ImageStore
-	}
-	return false
 }
 
 type Attempt struct {
@@ -2584,7 +2575,7 @@ const file_plugin_proto_rawDesc = "" +
 	"\vconfig_json\x18\x03 \x01(\fR\n" +
 	"configJson\"\x13\n" +
 	"\x11ConfigureResponse\"\r\n" +
-	"\vInfoRequest\"\xb5\x02\n" +
+	"\vInfoRequest\"\x94\x02\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06images\x18\x02 \x01(\bR\x06images\x12\x12\n" +
@@ -2593,9 +2584,7 @@ const file_plugin_proto_rawDesc = "" +
 	"\bnetworks\x18\x05 \x03(\tR\bnetworks\x12M\n" +
 	"\n" +
 	"attributes\x18\x06 \x03(\v2-.belay.plugin.v1.InfoResponse.AttributesEntryR\n" +
-	"attributes\x12\x1f\n" +
-	"\vimage_store\x18\a \x01(\bR\n" +
-	"imageStore\x1a=\n" +
+	"attributes\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"S\n" +

@@ -37,8 +37,11 @@ type DescribeResponse struct {
 	Kinds   []string               `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
 	// What the configuration may hold. Without options_known anything may be
 	// there and only the plugin checks it.
-	OptionsKnown  bool      `protobuf:"varint,4,opt,name=options_known,json=optionsKnown,proto3" json:"options_known,omitempty"`
-	Options       []*Option `protobuf:"bytes,5,rep,name=options,proto3" json:"options,omitempty"`
+	OptionsKnown bool      `protobuf:"varint,4,opt,name=options_known,json=optionsKnown,proto3" json:"options_known,omitempty"`
+	Options      []*Option `protobuf:"bytes,5,rep,name=options,proto3" json:"options,omitempty"`
+	// What it can do beyond what its kinds ask for: "images" is a runtime with
+	// Images and RemoveImage. Names that a host does not know are ignored.
+	Abilities     []string `protobuf:"bytes,6,rep,name=abilities,proto3" json:"abilities,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -104,6 +107,13 @@ func (x *DescribeResponse) GetOptionsKnown() bool {
 func (x *DescribeResponse) GetOptions() []*Option {
 	if x != nil {
 		return x.Options
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetAbilities() []string {
+	if x != nil {
+		return x.Abilities
 	}
 	return nil
 }
@@ -1579,13 +1589,14 @@ var File_v2_plugin_proto protoreflect.FileDescriptor
 
 const file_v2_plugin_proto_rawDesc = "" +
 	"\n" +
-	"\x0fv2/plugin.proto\x12\x0fbelay.plugin.v2\x1a\fplugin.proto\"\xae\x01\n" +
+	"\x0fv2/plugin.proto\x12\x0fbelay.plugin.v2\x1a\fplugin.proto\"\xcc\x01\n" +
 	"\x10DescribeResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
 	"\x05kinds\x18\x03 \x03(\tR\x05kinds\x12#\n" +
 	"\roptions_known\x18\x04 \x01(\bR\foptionsKnown\x121\n" +
-	"\aoptions\x18\x05 \x03(\v2\x17.belay.plugin.v2.OptionR\aoptions\"\xd5\x01\n" +
+	"\aoptions\x18\x05 \x03(\v2\x17.belay.plugin.v2.OptionR\aoptions\x12\x1c\n" +
+	"\tabilities\x18\x06 \x03(\tR\tabilities\"\xd5\x01\n" +
 	"\x06Option\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +

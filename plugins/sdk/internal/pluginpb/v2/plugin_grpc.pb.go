@@ -208,8 +208,7 @@ type RuntimeClient interface {
 	Events(ctx context.Context, in *pluginpb.EventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[pluginpb.Event], error)
 	Stats(ctx context.Context, in *pluginpb.StatsRequest, opts ...grpc.CallOption) (*pluginpb.StatsResponse, error)
 	Exec(ctx context.Context, in *pluginpb.ExecRequest, opts ...grpc.CallOption) (*pluginpb.ExecResponse, error)
-	// Images and RemoveImage are called only when InfoResponse has image_store:
-	// they came after version 2 was first spoken.
+	// Only of plugins that describe themselves with the ability "images".
 	Images(ctx context.Context, in *ImagesRequest, opts ...grpc.CallOption) (*ImagesResponse, error)
 	RemoveImage(ctx context.Context, in *RemoveImageRequest, opts ...grpc.CallOption) (*RemoveImageResponse, error)
 }
@@ -387,8 +386,7 @@ type RuntimeServer interface {
 	Events(*pluginpb.EventsRequest, grpc.ServerStreamingServer[pluginpb.Event]) error
 	Stats(context.Context, *pluginpb.StatsRequest) (*pluginpb.StatsResponse, error)
 	Exec(context.Context, *pluginpb.ExecRequest) (*pluginpb.ExecResponse, error)
-	// Images and RemoveImage are called only when InfoResponse has image_store:
-	// they came after version 2 was first spoken.
+	// Only of plugins that describe themselves with the ability "images".
 	Images(context.Context, *ImagesRequest) (*ImagesResponse, error)
 	RemoveImage(context.Context, *RemoveImageRequest) (*RemoveImageResponse, error)
 	mustEmbedUnimplementedRuntimeServer()
