@@ -34,6 +34,8 @@ func (s *State) decide(a action, now time.Duration) {
 		t.Status = advance(t.Status, a.Status)
 		if t.Status == Stopped {
 			t.stoppedAt = now
+			im := &s.runtime(t.runtimeName()).images
+			im.at = min(im.at, now+imagesSoon) // its images may be unused from now on
 		}
 	case decideAttempt:
 		c := t.container(a.Attempt.Container)
@@ -64,7 +66,7 @@ func (s *State) nextAttempt(t *Task, c *Container, number int, now time.Duration
 // clearRun forgets what the last run left on the container.
 func (c *Container) clearRun() {
 	c.Started, c.RuntimeID, c.PID, c.IP, c.Ports = false, "", 0, "", nil
-	c.ExitCode, c.Reason, c.RanFor, c.Rebooted, c.slept = nil, "", 0, false, 0
+	c.ExitCode, c.Reason, c.RanFor, c.Rebooted, c.slept, c.HaltedAt = nil, "", 0, false, 0, 0
 	c.health = probe{}
 }
 
@@ -89,6 +91,7 @@ type result struct {
 	image     sdk.Image
 	info      sdk.RuntimeInfo
 	inventory sdk.Inventory
+	images    sdk.ImageInventory
 	exec      sdk.ExecResult
 	// withheld: the runtime was not asked, because a plugin did not say what
 	// the container's devices need.
@@ -101,6 +104,10 @@ func (s *State) begin(a action) job {
 	j := job{action: a, tick: s.tick}
 	if a.Verb == callList {
 		s.runtime(a.Runtime).listing = true
+		return j
+	}
+	if a.Verb == callImages || a.Verb == callDiscard {
+		s.beginImages(a)
 		return j
 	}
 	if a.Stray {
@@ -132,6 +139,11 @@ func (s *State) begin(a action) job {
 		c.canceled = true
 	case callProbe:
 		c.health.busy = true
+	case callHalt:
+		c.busy, c.changed = a.Verb, s.tick
+		if c.HaltedAt == 0 {
+			c.HaltedAt = max(s.at, 1)
+		}
 	default:
 		c.busy, c.changed = a.Verb, s.tick
 	}
@@ -151,6 +163,10 @@ func (s *State) finish(r result, now time.Duration) {
 	s.tick++
 	if r.Verb == callList {
 		s.listed(r, now)
+		return
+	}
+	if r.Verb == callImages || r.Verb == callDiscard {
+		s.finishImages(r, now)
 		return
 	}
 	if r.err != nil && sdk.KindOf(r.err) == sdk.Unavailable && !r.withheld && r.Verb != callPull && r.Verb != callForget {
@@ -244,9 +260,16 @@ func (s *State) finishPull(t *Task, c *Container, r result, now time.Duration) {
 	if t.Stop != nil || sdk.KindOf(r.err) == sdk.Canceled && t.unwanted() {
 		return
 	}
+	if sdk.KindOf(r.err) == sdk.Exhausted {
+		s.noRoom(r.Runtime, now)
+	}
+	if c.pullRetry.failures == 0 {
+		c.pullSince = s.onlineFor(now)
+	}
 	c.pullRetry.fail(now, s.jitter(), r.err)
-	// An internal error says nothing about the next try; three of them do.
-	internal := sdk.KindOf(r.err) == sdk.Internal && c.pullRetry.failures >= 3 && !t.inPlace()
+	// An internal error says nothing about the next try; three of them do,
+	// unless it may be the network's.
+	internal := sdk.KindOf(r.err) == sdk.Internal && c.pullRetry.failures >= 3 && !t.inPlace() && s.away.up
 	if definitive(r.err) || internal {
 		c.failure = "CannotPullContainerError: " + r.err.Error()
 	}
@@ -319,6 +342,9 @@ func (s *State) finishHalt(t *Task, c *Container, r result, now time.Duration) {
 		s.lost(t, c, now)
 		c.Removed = true
 	default:
+		if sdk.KindOf(r.err) != sdk.Deadline {
+			c.HaltedAt = 0 // nobody knows whether it was told
+		}
 		c.retry.fail(now, s.jitter(), r.err)
 		c.Phase = phaseUnknown
 		s.relist(r.Runtime, now)

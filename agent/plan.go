@@ -33,6 +33,8 @@ const (
 	callRemove    verb = "remove"
 	callProbe     verb = "probe"
 	callForget    verb = "forget" // the task's outputs and volumes
+	callImages    verb = "list images"
+	callDiscard   verb = "remove image"
 )
 
 func (v verb) decision() bool {
@@ -50,6 +52,7 @@ type action struct {
 	Reason  string
 	Status  string
 	Devices []DeviceRef // of an attempt
+	Image   string      // digest, of an image to remove
 }
 
 // never is a time that no timer waits for.
@@ -62,6 +65,7 @@ func plan(s *State, now time.Duration) ([]action, time.Duration) {
 	p := &planner{s: s, now: now, wake: never}
 	for _, name := range slices.Sorted(maps.Keys(s.Runtimes)) {
 		p.runtime(s.Runtimes[name])
+		p.images(s.Runtimes[name])
 	}
 	excess := p.excess()
 	for _, t := range s.Tasks {
@@ -72,6 +76,11 @@ func plan(s *State, now time.Duration) ([]action, time.Duration) {
 			p.stop(t)
 		default:
 			p.run(t)
+		}
+	}
+	for _, at := range []time.Duration{s.nextAway(), s.nextUnused()} {
+		if at != never {
+			p.due(at) // write looks at every step
 		}
 	}
 	return p.acts, p.wake
@@ -101,7 +110,7 @@ func (p *planner) due(at time.Duration) bool {
 
 // after is t + d, for durations that may mean "for ever".
 func after(t, d time.Duration) time.Duration {
-	if d > math.MaxInt64-t {
+	if t > 0 && d > math.MaxInt64-t {
 		return math.MaxInt64
 	}
 	return t + d
@@ -143,6 +152,10 @@ func (p *planner) runtime(rt *runtimeState) {
 func (p *planner) run(t *Task) {
 	if t.unwanted() {
 		p.end(t, CodeUserInitiated, t.Desired.Reason)
+		return
+	}
+	if p.abandoned(t) {
+		p.end(t, CodeDisconnected, reasonDisconnected(t))
 		return
 	}
 	rt := p.s.runtime(t.runtimeName())
@@ -209,7 +222,7 @@ func (p *planner) verdict(t *Task, rt *runtimeState) (code, reason string) {
 		if c.failure != "" {
 			return CodeFailedToStart, c.failure
 		}
-		if p.gaveUp(t, c.pullRetry) {
+		if p.gaveUpPulling(t, c) {
 			return CodeFailedToStart, "CannotPullContainerError: " + c.pullRetry.err
 		}
 		if c.Phase == phaseRecorded && p.gaveUp(t, c.retry) {
@@ -294,6 +307,9 @@ func (p *planner) hopeless(t *Task, c *Container, d *wire.Dependency) string {
 
 // pulls plans one pull for each image still to be resolved.
 func (p *planner) pulls(t *Task, rt *runtimeState) {
+	if rt.images.busy == callDiscard {
+		return // what is being removed may be what is to be pulled
+	}
 	under := map[string]bool{}
 	for _, c := range t.Containers {
 		if c.pulling {
@@ -338,7 +354,7 @@ func (p *planner) container(t *Task, rt *runtimeState, c *Container) {
 	case phaseRunning:
 		if c.health.status == HealthUnhealthy && c.Spec.GetEssential() && t.inPlace() {
 			if p.due(c.retry.at) {
-				a.Verb, a.Grace = callHalt, c.grace()
+				a.Verb, a.Grace = callHalt, c.graceLeft(p.s.BootID, p.now)
 				p.do(a)
 			}
 			return
@@ -407,7 +423,7 @@ func (p *planner) stop(t *Task) {
 		}
 		idle = false
 		if c.Phase == phaseRunning && c.busy == "" && rt.known && t.released(c) && p.due(c.retry.at) {
-			p.do(action{Verb: callHalt, Runtime: rt.name, Attempt: t.attempt(c), Grace: c.grace()})
+			p.do(action{Verb: callHalt, Runtime: rt.name, Attempt: t.attempt(c), Grace: c.graceLeft(p.s.BootID, p.now)})
 		}
 	}
 	if !idle {

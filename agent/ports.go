@@ -76,6 +76,9 @@ type Record struct {
 	// Origin is the incarnation in which the control plane last named the task.
 	Origin string `json:"origin,omitempty"`
 	Doubt  *Doubt `json:"doubt,omitempty"`
+	// Away and Unused are the device's, not a task's.
+	Away   *Away   `json:"away,omitempty"`
+	Unused *Unused `json:"unused,omitempty"`
 }
 
 // Doubt is that saved state was damaged: there may be tasks and wishes that
@@ -125,6 +128,8 @@ type AttemptRecord struct {
 	RanFor   time.Duration `json:"ranFor,omitempty"`
 	Rebooted bool          `json:"rebooted,omitempty"` // ended by a reboot, not by itself
 	Removed  bool          `json:"removed,omitempty"`  // proven gone from the runtime
+	// HaltedAt is when it was told to stop, since boot BootID; 0: it was not.
+	HaltedAt time.Duration `json:"haltedAt,omitempty"`
 }
 
 // DeviceRef names a device of a plugin.
@@ -144,6 +149,8 @@ type StatusRecord struct {
 // Saved is what a Journal held when it was opened.
 type Saved struct {
 	Applied Applied
+	Away    *Away   // nil: none on record
+	Unused  *Unused // the same
 	Tasks   []SavedTask
 	// Problems are damaged records that were set aside, now or at an earlier
 	// start, one sentence each. While there are any, Saved may not be all.

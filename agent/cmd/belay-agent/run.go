@@ -128,6 +128,10 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		KeepStoppedTasks: cfg.KeepStoppedTasks,
 		ShutdownWait:     loopStop,
 		Watch:            dog.Watch,
+		Images: &agent.ImagePolicy{
+			KeepUnused: time.Duration(cfg.Images.KeepUnused), MinAge: time.Duration(cfg.Images.MinAge),
+			HighPercent: cfg.Images.HighPercent, LowPercent: cfg.Images.LowPercent,
+		},
 	})
 	if err != nil {
 		return err
@@ -217,7 +221,7 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 	return link.New(link.Config{
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
-		Capabilities: []string{wire.CapabilityDevices},
+		Capabilities: []string{wire.CapabilityDevices, wire.CapabilityDisconnect},
 		Facts:        d.told(), Clock: clock, Logger: d.log,
 		Remember: func(addresses []string) {
 			if err := identity.SetAddresses(d.cfg.StateDir, addresses); err != nil {

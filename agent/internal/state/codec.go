@@ -115,7 +115,7 @@ type entry struct {
 // known says that the entry is of a kind this agent knows.
 func (e entry) known() bool {
 	return e.Forget || e.Kept || e.Schema != 0 || e.Applied != nil || e.Desired != nil || e.Attempt != nil ||
-		e.Status != nil || e.Doubt != nil || e.Origin != ""
+		e.Status != nil || e.Doubt != nil || e.Away != nil || e.Unused != nil || e.Origin != ""
 }
 
 func newLog() []byte {

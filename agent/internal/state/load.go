@@ -18,6 +18,8 @@ import (
 type live struct {
 	applied *agent.Applied
 	doubt   *agent.Doubt
+	away    *agent.Away
+	unused  *agent.Unused
 	tasks   map[string]*liveTask
 	newer   newer
 }
@@ -52,6 +54,10 @@ func (l *live) apply(e entry) {
 		if e.Doubt.Cleared {
 			l.doubt = nil
 		}
+	case e.Away != nil:
+		l.away = e.Away
+	case e.Unused != nil:
+		l.unused = e.Unused
 	case e.Task == "":
 	case e.Forget:
 		delete(l.tasks, e.Task)
@@ -83,6 +89,12 @@ func (l *live) entries() []entry {
 	if l.doubt != nil {
 		add(agent.Record{Doubt: l.doubt})
 	}
+	if l.away != nil && l.away.For > 0 {
+		add(agent.Record{Away: l.away})
+	}
+	if l.unused != nil && len(l.unused.Images) > 0 {
+		add(agent.Record{Unused: l.unused})
+	}
 	for _, id := range slices.Sorted(maps.Keys(l.tasks)) {
 		t := l.tasks[id]
 		if t.origin != "" {
@@ -107,6 +119,7 @@ func (l *live) saved() agent.Saved {
 	if l.applied != nil {
 		s.Applied = *l.applied
 	}
+	s.Away, s.Unused = l.away, l.unused
 	for _, id := range slices.Sorted(maps.Keys(l.tasks)) {
 		t := l.tasks[id]
 		st := agent.SavedTask{Assignment: t.assignment, Origin: t.origin, Desired: t.desired, Status: t.status}

@@ -27,6 +27,10 @@ func sortOf(e entry) sort {
 		return sort{kind: "applied"}
 	case e.Doubt != nil:
 		return sort{kind: "doubt"}
+	case e.Away != nil:
+		return sort{kind: "away"}
+	case e.Unused != nil:
+		return sort{kind: "unused"}
 	case e.Desired != nil:
 		return sort{e.Task, "desired", ""}
 	case e.Status != nil:
