@@ -787,8 +787,8 @@ type Hello struct {
 	Sequence    uint64 `protobuf:"varint,9,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Facts       *Facts `protobuf:"bytes,10,opt,name=facts,proto3" json:"facts,omitempty"`
 	Now         *When  `protobuf:"bytes,11,opt,name=now,proto3" json:"now,omitempty"`
-	// Counts the Hellos of this start of the agent, from 1. Of two sessions with
-	// one nonce the higher is the one the agent means, whichever is handled last.
+	// How many Hellos this start of the agent has said before. Of two sessions
+	// with one nonce the agent means the one with more, whichever is handled last.
 	Ordinal       uint64 `protobuf:"varint,20,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

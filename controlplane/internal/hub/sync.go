@@ -164,7 +164,8 @@ func (s *session) takeStatuses() bool {
 	ok := true
 	for task, st := range s.late {
 		var err error
-		if last, known := s.taken[task]; !known || last < st.GetSequence() {
+		last, known := s.taken[task]
+		if known = known && last >= st.GetSequence(); !known {
 			ctx, cancel := s.call()
 			err = s.hub.devices.ReportTask(ctx, s.instance, st)
 			cancel()
@@ -174,6 +175,7 @@ func (s *session) takeStatuses() bool {
 			if len(s.taken) >= maxTaken {
 				clear(s.taken)
 			}
+			s.log.Debug("status taken", "task", task, "sequence", st.GetSequence(), "status", st.GetLastStatus(), "again", known)
 			s.taken[task] = max(s.taken[task], st.GetSequence())
 		case errors.Is(err, controlplane.NotFound):
 			// The device has something the control plane does not know.
