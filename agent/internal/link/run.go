@@ -20,6 +20,9 @@ const (
 	// may be apart: more is a suspend, in which the timers of sessions stood.
 	resumeCheck = 10 * time.Second
 	slept       = 2 * time.Second
+	// registering is how long a session may be waited for that seems to have
+	// registered: the one before was told that it was replaced.
+	registering = 2 * time.Second
 )
 
 // errRebuild ends a session on Rebuild.
@@ -36,6 +39,8 @@ type keeper struct {
 	since  time.Time    // cur registered
 	ended  chan outcome // of sessions, whether in use or not
 	search *search      // nil: none
+	gone   error        // cur has ended, but the one that replaced it registers just now
+	grace  *time.Timer  // for that
 	probes *time.Timer
 	next   time.Duration // between two probes
 	all    sync.WaitGroup
@@ -54,9 +59,10 @@ func (l *Link) Run(ctx context.Context) error {
 	}
 	k := &keeper{
 		l: l, back: newBackoff(time.Now(), l.cfg.rand), ended: make(chan outcome),
-		probes: time.NewTimer(time.Hour), next: l.cfg.ProbeFirst,
+		probes: time.NewTimer(time.Hour), grace: time.NewTimer(time.Hour), next: l.cfg.ProbeFirst,
 	}
 	k.probes.Stop()
+	k.grace.Stop()
 	ctx, cancel := context.WithCancel(ctx)
 	k.all.Go(func() { l.watchSuspend(ctx) })
 	k.run(ctx)
@@ -101,8 +107,18 @@ func (k *keeper) run(ctx context.Context) {
 		case err := <-failed:
 			k.probed(ctx, err)
 		case o := <-k.ended:
-			if o.s == k.cur {
+			switch {
+			case o.s != k.cur:
+			case wire.CodeOf(o.err) == wire.CodeReplaced && k.search != nil && k.search.registering():
+				// The Goodbye was quicker than the Welcome.
+				k.gone = o.err
+				k.grace.Reset(registering)
+			default:
 				k.lose(ctx, o.err)
+			}
+		case <-k.grace.C:
+			if k.gone != nil {
+				k.lose(ctx, k.gone)
 			}
 		case level := <-doubts:
 			k.doubt(ctx, level)
@@ -122,7 +138,7 @@ func (k *keeper) run(ctx context.Context) {
 
 // seek looks for a session where there is none.
 func (k *keeper) seek(ctx context.Context, after error) {
-	k.search = k.l.seek(ctx, k.back, &k.said, false, after)
+	k.search = k.l.seek(ctx, k.back, &k.said, seeking, after)
 	k.search.allow()
 }
 
@@ -141,6 +157,7 @@ func (k *keeper) take(ctx context.Context, s *session) {
 	} else {
 		k.l.down.Connected(true)
 	}
+	k.gone = nil
 	s.begin(ctx)
 	k.cur, k.since = s, time.Now()
 	k.said = complaints{}
@@ -162,7 +179,7 @@ func (k *keeper) unlearn(s *session) {
 // lose is called when the session in use has ended.
 func (k *keeper) lose(ctx context.Context, err error) {
 	k.unlearn(k.cur)
-	k.cur = nil
+	k.cur, k.gone = nil, nil
 	k.probes.Stop()
 	k.l.down.Connected(false)
 	k.l.setStatus(func(s *Status) {
@@ -181,6 +198,7 @@ func (k *keeper) lose(ctx context.Context, err error) {
 
 // doubt is what the session in use tells of itself.
 func (k *keeper) doubt(ctx context.Context, level doubt) {
+	k.l.log.Debug("whether the control plane is still reached", "doubt", level)
 	if level == calm {
 		if k.search != nil && !k.search.probe && k.search.stop() {
 			k.search = nil
@@ -197,7 +215,7 @@ func (k *keeper) doubt(ctx context.Context, level doubt) {
 	if k.search == nil {
 		k.back.reset(time.Now(), time.Since(k.since))
 		k.said = complaints{}
-		k.search = k.l.seek(ctx, k.back, &k.said, false, nil)
+		k.search = k.l.seek(ctx, k.back, &k.said, doubtful, nil)
 	}
 	if level == alarmed {
 		k.search.allow()
@@ -224,7 +242,7 @@ func (k *keeper) probe(ctx context.Context) {
 	if k.cur == nil || k.search != nil {
 		return
 	}
-	k.search = k.l.seek(ctx, k.back, &k.said, true, nil)
+	k.search = k.l.seek(ctx, k.back, &k.said, probing, nil)
 	k.search.allow()
 }
 

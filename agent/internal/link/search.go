@@ -41,16 +41,26 @@ const (
 // way is one way to a control plane.
 type way struct{ transport, address string }
 
+// kind is why a search is made.
+type kind int
+
+const (
+	seeking  kind = iota // there is no session
+	doubtful             // there is one, in doubt: registering has to be allowed
+	probing              // there is one over TCP
+)
+
 // search looks for a session until one has registered. Tries go on side by
 // side in waves; what answers registers one at a time, and the first that is
 // registered ends the search: of two registrations the later would take the
 // place of the earlier. A search is not used again.
 type search struct {
-	l     *Link
-	back  *backoff
-	said  *complaints
-	probe bool // QUIC only, and once
-	began time.Time
+	l       *Link
+	back    *backoff
+	said    *complaints
+	probe   bool // QUIC only, and once
+	doubted bool // there is a session, in doubt
+	began   time.Time
 
 	ctx    context.Context // ends with the search
 	cancel context.CancelFunc
@@ -75,9 +85,9 @@ type search struct {
 
 // seek starts a search. After says why it is needed; nil: do not wait for
 // what backoff says.
-func (l *Link) seek(ctx context.Context, back *backoff, said *complaints, probe bool, after error) *search {
+func (l *Link) seek(ctx context.Context, back *backoff, said *complaints, kind kind, after error) *search {
 	s := &search{
-		l: l, back: back, said: said, probe: probe, began: time.Now(),
+		l: l, back: back, said: said, probe: kind == probing, doubted: kind == doubtful, began: time.Now(),
 		turn: make(chan struct{}, 1), hurry: make(chan struct{}), allowed: make(chan struct{}), kicked: make(chan struct{}, 1),
 		won: make(chan *session, 1), failed: make(chan error, 1), refusal: make(chan error, 1),
 		patient: map[way]bool{}, latest: map[way]error{},
@@ -101,6 +111,9 @@ func (s *search) stop() bool {
 	s.work.Wait()
 	return true
 }
+
+// registering tells whether one says hello just now, or has been welcomed.
+func (s *search) registering() bool { return len(s.turn) > 0 }
 
 // kick makes it try at once.
 func (s *search) kick() {
@@ -286,10 +299,8 @@ func (s *search) launch(ctx context.Context, n int) *wave {
 
 // headStart is how much later than QUIC TCP is tried.
 func (s *search) headStart() time.Duration {
-	select {
-	case <-s.allowed:
-	default:
-		return 0 // a session is in doubt: what answers first is good
+	if s.doubted {
+		return 0 // what answers first is good
 	}
 	if s.l.quicFailed() {
 		return shortHeadStart

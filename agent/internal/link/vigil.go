@@ -9,6 +9,9 @@ import (
 // doubt is how sure a session is that it still reaches the control plane.
 type doubt int
 
+// String is for the log.
+func (d doubt) String() string { return [...]string{"calm", "suspect", "alarmed"}[d] }
+
 const (
 	calm    doubt = iota
 	suspect       // other ways are dialled, and no more
@@ -34,11 +37,22 @@ type vigil struct {
 	pulse wire.Pulse // nil: the carrier tells nothing
 	timer *time.Timer
 
-	since  time.Time // what was asked; zero: nothing is awaited
-	frames int64     // heard before
-	heard  uint64    // by the carrier, before
-	pinged bool      // because the session was in doubt already
+	first  asked // what has waited longest; zero: nothing is awaited
+	last   asked // what was asked last
+	pinged bool  // because the session was in doubt already
 	level  doubt
+}
+
+// asked is the moment before something was sent.
+type asked struct {
+	at     time.Time
+	frames int64  // heard until then
+	heard  uint64 // by the carrier, until then
+}
+
+// silent tells whether nothing came since.
+func (v *vigil) silent(a asked) bool {
+	return v.s.heard.Load() == a.frames && (v.pulse == nil || v.pulse.Heard() == a.heard)
 }
 
 func newVigil(s *session) *vigil {
@@ -51,27 +65,40 @@ func newVigil(s *session) *vigil {
 // ask begins to watch, before something is sent that wants an answer. A ping is
 // answered at once, anything else when the control plane has stored it.
 func (v *vigil) ask(ping bool) {
-	if !v.since.IsZero() && (!ping || v.pinged || v.pulse != nil && v.level > calm) {
-		return // what was asked first counts
-	}
 	if v.pulse == nil && !ping {
 		return
 	}
-	v.since, v.pinged, v.frames = time.Now(), ping, v.s.heard.Load()
-	first := deaf
+	v.last = asked{at: time.Now(), frames: v.s.heard.Load()}
 	if v.pulse != nil {
-		v.heard, first = v.pulse.Heard(), quiet
+		v.last.heard = v.pulse.Heard()
 	}
-	v.timer.Reset(first)
+	if v.first.at.IsZero() || ping && !v.pinged && v.level == calm {
+		v.begin(ping)
+	}
+}
+
+// begin watches from what was asked last.
+func (v *vigil) begin(ping bool) {
+	v.first, v.pinged = v.last, ping
+	wait := deaf
+	if v.pulse != nil {
+		wait = quiet
+	}
+	v.timer.Reset(time.Until(v.first.at.Add(wait)))
 }
 
 // look decides when the timer fires.
 func (v *vigil) look() {
-	if v.since.IsZero() {
+	switch {
+	case v.first.at.IsZero():
 		return
-	}
-	if v.s.heard.Load() != v.frames || v.pulse != nil && v.pulse.Heard() != v.heard {
-		v.since = time.Time{}
+	case v.silent(v.first):
+	case v.silent(v.last):
+		v.begin(false) // what came was before that
+		v.set(calm)
+		return
+	default:
+		v.first = asked{}
 		v.set(calm)
 		return
 	}
@@ -79,7 +106,7 @@ func (v *vigil) look() {
 	if v.pinged {
 		limit = quiet
 	}
-	if v.pulse == nil || time.Since(v.since) >= limit {
+	if v.pulse == nil || time.Since(v.first.at) >= limit {
 		v.set(alarmed)
 	} else {
 		v.set(suspect)
