@@ -253,7 +253,7 @@ func (k *keeper) probed(ctx context.Context, err error) {
 	k.search = nil
 	k.l.log.Debug("still over TCP: QUIC was tried", "err", err)
 	if k.cur == nil { // lost meanwhile
-		k.back.reset(time.Now(), stable)
+		k.back.reset(time.Now(), time.Since(k.since))
 		k.seek(ctx, err)
 		return
 	}

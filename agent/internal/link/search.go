@@ -79,8 +79,9 @@ type search struct {
 	refusal chan error    // cap 1: the control plane has spoken
 
 	mu      sync.Mutex
-	patient map[way]bool  // has a try with dialTimeout
-	latest  map[way]error // of tries that failed
+	patient map[way]bool      // has a try with dialTimeout
+	begun   map[way]time.Time // its latest try
+	latest  map[way]error     // of tries that failed
 }
 
 // seek starts a search. After says why it is needed; nil: do not wait for
@@ -90,7 +91,7 @@ func (l *Link) seek(ctx context.Context, back *backoff, said *complaints, kind k
 		l: l, back: back, said: said, probe: kind == probing, doubted: kind == doubtful, began: time.Now(),
 		turn: make(chan struct{}, 1), hurry: make(chan struct{}), allowed: make(chan struct{}), kicked: make(chan struct{}, 1),
 		won: make(chan *session, 1), failed: make(chan error, 1), refusal: make(chan error, 1),
-		patient: map[way]bool{}, latest: map[way]error{},
+		patient: map[way]bool{}, begun: map[way]time.Time{}, latest: map[way]error{},
 	}
 	s.allow = sync.OnceFunc(func() { close(s.allowed) })
 	s.ctx, s.cancel = context.WithCancel(ctx)
@@ -159,7 +160,7 @@ func (s *search) rest(err error) bool {
 			return true
 		case <-kicked:
 			t.Stop()
-			s.back.reset(time.Now(), stable)
+			s.back.reset(time.Now(), 0) // a new patience, not a new series
 			return true
 		case err = <-s.refusal: // of an earlier wave's try
 			t.Stop()
@@ -337,10 +338,14 @@ func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Du
 	if !w.wait(tries, way, delay) {
 		return tries.Err()
 	}
-	dialing, cancel := context.WithTimeout(tries, s.claim(way))
+	limit := s.claim(way)
+	if limit == 0 {
+		return context.Canceled
+	}
+	dialing, cancel := context.WithTimeout(tries, limit)
 	conn, err := s.l.cfg.dial(dialing, way.transport, way.address)
 	cancel()
-	s.release(way)
+	s.release(way, limit)
 	if err != nil {
 		if tries.Err() != nil {
 			return tries.Err()
@@ -396,24 +401,30 @@ func (w *wave) wait(tries context.Context, way way, delay time.Duration) bool {
 	return tries.Err() == nil && !w.wrong[way.address]
 }
 
-// claim says how long a try of the way may take.
+// claim says how long a try of the way may take; 0: one has just begun.
 func (s *search) claim(way way) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.probe:
 		return probeTimeout
-	case s.patient[way]:
+	case s.patient[way] && time.Since(s.begun[way]) < wavePatience:
+		return 0
+	}
+	s.begun[way] = time.Now()
+	if s.patient[way] {
 		return freshTimeout
 	}
 	s.patient[way] = true
 	return dialTimeout
 }
 
-func (s *search) release(way way) {
+func (s *search) release(way way, limit time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.patient, way)
+	if limit == dialTimeout {
+		delete(s.patient, way)
+	}
 }
 
 // await returns nil once the caller holds the turn to register.
