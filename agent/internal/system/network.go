@@ -7,9 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -177,18 +175,46 @@ func routeLine(m *syscall.NetlinkMessage, inner map[uint32]bool) string {
 	return fmt.Sprintf("route /%d table %d type %d scope %d flags %d %s", bits, table, kind, scope, flags, strings.Join(parts, " "))
 }
 
-// bridges are the indexes of bridges among the interfaces.
+// bridges are the indexes of bridges among the links.
 func bridges() map[uint32]bool {
 	found := map[uint32]bool{}
-	dirs, _ := filepath.Glob("/sys/class/net/*/bridge")
-	for _, d := range dirs {
-		text, err := os.ReadFile(filepath.Join(filepath.Dir(d), "ifindex"))
+	b, err := syscall.NetlinkRIB(unix.RTM_GETLINK, unix.AF_UNSPEC)
+	if err != nil {
+		return found
+	}
+	messages, err := syscall.ParseNetlinkMessage(b)
+	if err != nil {
+		return found
+	}
+	for i := range messages {
+		m := &messages[i]
+		if m.Header.Type != unix.RTM_NEWLINK || len(m.Data) < unix.SizeofIfInfomsg {
+			continue
+		}
+		attrs, err := syscall.ParseNetlinkRouteAttr(m)
 		if err != nil {
 			continue
 		}
-		if n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 32); err == nil {
-			found[uint32(n)] = true
+		for _, a := range attrs {
+			if a.Attr.Type&^unix.NLA_F_NESTED == unix.IFLA_LINKINFO && isBridge(a.Value) {
+				found[binary.NativeEndian.Uint32(m.Data[4:])] = true
+			}
 		}
 	}
 	return found
+}
+
+// isBridge looks for the kind in the attributes within IFLA_LINKINFO.
+func isBridge(b []byte) bool {
+	for len(b) >= unix.SizeofNlAttr {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.SizeofNlAttr || n > len(b) {
+			return false
+		}
+		if binary.NativeEndian.Uint16(b[2:]) == unix.IFLA_INFO_KIND {
+			return strings.TrimRight(string(b[unix.SizeofNlAttr:n]), "\x00") == "bridge"
+		}
+		b = b[min(len(b), (n+3)&^3):]
+	}
+	return false
 }
