@@ -13,7 +13,8 @@ import (
 
 const (
 	// quicHeadStart is how long QUIC may take to register before TCP is tried
-	// beside it, and shortHeadStart the same once QUIC has failed on this network.
+	// beside it, and shortHeadStart the same once QUIC has failed on this network
+	// or a session is in doubt.
 	quicHeadStart  = 2 * time.Second
 	shortHeadStart = 300 * time.Millisecond
 	// addressStagger is between the tries of two addresses.
@@ -300,10 +301,7 @@ func (s *search) launch(ctx context.Context, n int) *wave {
 
 // headStart is how much later than QUIC TCP is tried.
 func (s *search) headStart() time.Duration {
-	if s.doubted {
-		return 0 // what answers first is good
-	}
-	if s.l.quicFailed() {
+	if s.doubted || s.l.quicFailed() {
 		return shortHeadStart
 	}
 	return max(shortHeadStart, quicHeadStart-time.Since(s.began))
