@@ -65,7 +65,9 @@ const resolvedName = "resolved.json"
 func known(stateDir string) map[string][]netip.Addr {
 	out := map[string][]netip.Addr{}
 	if text, err := os.ReadFile(filepath.Join(stateDir, resolvedName)); err == nil {
-		_ = json.Unmarshal(text, &out)
+		if err := json.Unmarshal(text, &out); err != nil {
+			return nil
+		}
 	}
 	return out
 }

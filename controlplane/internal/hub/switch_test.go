@@ -9,6 +9,7 @@ import (
 
 	"github.com/belay-edge/belay/controlplane"
 	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/controlplane/wire/carrier"
 	"github.com/belay-edge/belay/controlplane/wire/wiretest"
 )
 
@@ -186,5 +187,38 @@ func TestOverloadedControlPlaneKeepsWhoIsConnected(t *testing.T) {
 				t.Errorf("pong %d", got)
 			}
 		})
+	}
+}
+
+// Sessions that do not register take places; those of one source are few enough
+// that others find some. Each gives its place back, registered or not.
+func TestOneSourceCannotTakeEveryPlace(t *testing.T) {
+	control := wiretest.NewControlPlane(t)
+	h := New(Config{Devices: newDevices(), Version: "0.1.0"})
+	h.fresh = carrier.NewSources(2)
+	ctx, stop := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- h.Serve(ctx, control) }()
+	defer func() {
+		stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}()
+	r := &rig{t: t, control: control, hub: h}
+	for range 3 {
+		idle := []*wiretest.Peer{r.agent(wire.TransportQUIC, wire.ProtocolTunnel), r.agent(wire.TransportTCP, wire.ProtocolTunnel)}
+		until(t, "both hold a place", func() bool { return len(h.pending) == 2 })
+		third := r.agent(wire.TransportQUIC, wire.ProtocolTunnel)
+		if err := third.ExpectEnd(); wire.CodeOf(err) != wire.CodeOverloaded {
+			t.Errorf("one too many was told %v", err)
+		}
+		idle[0].Send(open(wire.StreamType_STREAM_TYPE_CONTROL))
+		idle[0].Send(hello(instanceA, "n", 0))
+		if f := idle[0].Expect("welcome").GetWelcome().GetFailure(); f != nil {
+			t.Errorf("refused: %v", f)
+		}
+		idle[1].Close("", "")
+		until(t, "the places are free", func() bool { return len(h.pending) == 0 })
 	}
 }
