@@ -44,7 +44,7 @@
 // others are refused (overloaded) with a retry_after_ms of their own, spread
 // over as long as the backlog takes. An agent does not ask again sooner, nor
 // waits longer than a minute for it. Who is registered is never sent away. One
-// source address (an IPv6 network of 64 bits) may hold a quarter of the places of
+// source address (an IPv6 network of 64 bits) may hold half of the places of
 // sessions that have not registered.
 //
 // # Frames

@@ -22,7 +22,7 @@ import (
 // Limits. Each bounds what one peer can take from the others.
 const (
 	maxPending    = 4096           // sessions that have not registered yet
-	maxFromOne    = maxPending / 4 // of them from one source address, which may be a NAT before a fleet
+	maxFromOne    = maxPending / 2 // of them from one source address, which may be a NAT before a fleet
 	maxOpening    = 16             // streams until one is the control stream
 	helloTimeout  = 10 * time.Second
 	callTimeout   = 30 * time.Second // one call into the domain

@@ -81,6 +81,7 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	s.open, s.hangUp = context.WithCancel(context.Background())
 	defer s.hangUp()
 	refuse := func(failure *wire.Failure) {
+		registered() // its place is for others: what is left takes lastWords at most
 		level := slog.LevelInfo
 		if failure.Code == wire.CodeOverloaded {
 			level = slog.LevelDebug // the gate tells how many

@@ -29,7 +29,7 @@ type ListenConfig struct {
 	Logger   *slog.Logger
 
 	MaxConns         int           // over both transports each; 0: 20000
-	MaxHandshakes    int           // unfinished at once, TCP; 0: 1024. One source address may have a quarter
+	MaxHandshakes    int           // unfinished at once, TCP; 0: 1024. One source address may have half
 	HandshakeTimeout time.Duration // 0: 10 s
 }
 
@@ -74,7 +74,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	if cfg.API.Certificate == nil {
 		cfg.API = cfg.Tunnel
 	}
-	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session), fresh: NewSources(max(1, cfg.MaxHandshakes/4))}
+	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	if err := l.bind(); err != nil {
 		l.stop()
