@@ -3,6 +3,7 @@ package link
 import (
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -166,19 +167,31 @@ func goroutines() (all []string) {
 	return all
 }
 
-// noLeaks fails the test when it leaves goroutines behind; call it first.
+// sockets counts those that are open.
+func sockets() (n int) {
+	fds, _ := os.ReadDir("/proc/self/fd")
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(to, "socket:") {
+			n++
+		}
+	}
+	return n
+}
+
+// noLeaks fails the test when it leaves goroutines or sockets behind; call it
+// first.
 func noLeaks(t *testing.T) {
 	t.Helper()
-	before := len(goroutines())
+	before, open := len(goroutines()), sockets()
 	t.Cleanup(func() {
 		deadline := time.Now().Add(wiretest.Patience)
 		for {
 			left := goroutines()
-			if len(left) <= before {
+			if len(left) <= before && sockets() <= open {
 				return
 			}
 			if time.Now().After(deadline) {
-				t.Errorf("%d goroutines were left behind:\n%s", len(left)-before, strings.Join(left, "\n\n"))
+				t.Errorf("%d goroutines and %d sockets were left behind:\n%s", len(left)-before, sockets()-open, strings.Join(left, "\n\n"))
 				return
 			}
 			<-time.After(10 * time.Millisecond)
