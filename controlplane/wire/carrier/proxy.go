@@ -206,8 +206,13 @@ func dialSOCKS(ctx context.Context, u *url.URL, address string, r *Resolver) (ne
 		if forward.err != nil {
 			return nil, forward.err
 		}
-		if ctx.Err() != nil {
-			return nil, fmt.Errorf("wait for its answer: %w", ctx.Err())
+		// ctx's deadline is that of the connection, which may see it first.
+		late := ctx.Err()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			late = context.DeadlineExceeded
+		}
+		if late != nil {
+			return nil, fmt.Errorf("wait for its answer: %w", late)
 		}
 		return nil, fmt.Errorf("%w: %w", ErrProxy, err)
 	}
