@@ -17,6 +17,9 @@ const (
 	// or a session is in doubt.
 	quicHeadStart  = 2 * time.Second
 	shortHeadStart = 300 * time.Millisecond
+	// lastCall is how long QUIC has once TCP has got through: a link that is
+	// back lets both pass, and which one's next packet was due first is chance.
+	lastCall = 300 * time.Millisecond
 	// addressStagger is between the tries of two addresses.
 	addressStagger = 250 * time.Millisecond
 	// raceWidth is how many addresses one wave tries: the preferred one, and
@@ -331,7 +334,7 @@ func (s *search) end(w *wave, way way, err error) {
 	}
 }
 
-// try dials one way, waits for its turn and registers.
+// try dials one way and registers.
 func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Duration) error {
 	if !w.wait(tries, way, delay) {
 		return tries.Err()
@@ -349,6 +352,36 @@ func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Du
 			return tries.Err()
 		}
 		return err
+	}
+	return s.use(ctx, tries, conn, way)
+}
+
+// callQUIC tries QUIC anew and waits a moment for it.
+func (s *search) callQUIC(ctx, tries context.Context, address string) {
+	over := make(chan struct{})
+	s.work.Go(func() {
+		defer close(over)
+		dialing, cancel := context.WithTimeout(tries, freshTimeout)
+		conn, err := s.l.cfg.dial(dialing, wire.TransportQUIC, address)
+		cancel()
+		if err == nil {
+			// What comes of it, the tries of the wave would tell, too.
+			_ = s.use(ctx, tries, conn, way{wire.TransportQUIC, address})
+		}
+	})
+	t := time.NewTimer(lastCall)
+	defer t.Stop()
+	select {
+	case <-over:
+	case <-t.C:
+	case <-tries.Done():
+	}
+}
+
+// use waits for the turn of a way that has shaken hands, and registers.
+func (s *search) use(ctx, tries context.Context, conn wire.Session, way way) error {
+	if way.transport == wire.TransportTCP && s.l.cfg.Transport == TransportAuto && !s.l.quicFailed() {
+		s.callQUIC(ctx, tries, way.address)
 	}
 	if err := s.await(tries, conn); err != nil {
 		conn.Close("", "")
