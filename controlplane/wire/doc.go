@@ -27,6 +27,26 @@
 // Ping every 3 s and nothing else; agents that do not know nudges ignore them.
 // Over TCP there is no need: the kernel resets what it does not know.
 //
+// # Several ways, one session
+//
+// An agent may dial several ways at once, and may dial others while its session
+// lives, because that is in doubt or because QUIC may pass again; what has shaken
+// hands costs little, and one session at a time says Hello. A registration takes
+// the place of the session before: that is told Goodbye (replaced), and nothing
+// it had queued reaches the store after anything of its successor. Where both
+// are of one start of the agent, requests under way on the old one may finish
+// for 10 s. Hello's ordinal counts the Hellos of a start of the agent: one that
+// is handled late is refused (replaced) when a later one has registered already.
+//
+// # Admission
+//
+// A control plane takes so many registrations and enrolments a second; the
+// others are refused (overloaded) with a retry_after_ms of their own, spread
+// over as long as the backlog takes. An agent does not ask again sooner, nor
+// waits longer than a minute for it. Who is registered is never sent away. One
+// source address (an IPv6 network of 64 bits) may hold half of the places of
+// sessions that have not registered.
+//
 // # Frames
 //
 // A stream carries frames: four bytes of length, big-endian, then that many

@@ -46,6 +46,15 @@ type Doubter interface {
 	Doubt() <-chan struct{}
 }
 
+// Pulse is a Session over a carrier whose other side acknowledges by itself what
+// it gets: nothing heard a while after something was sent means that it does not
+// get through, not that the other side is slow to answer.
+type Pulse interface {
+	// Heard counts what came from the other side so far, acknowledgements
+	// included.
+	Heard() uint64
+}
+
 // Stream is one ordered stream of bytes each way. One goroutine may read and
 // one write at the same time.
 type Stream interface {

@@ -783,10 +783,13 @@ type Hello struct {
 	AgentVersion    string                 `protobuf:"bytes,6,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	Capabilities    []string               `protobuf:"bytes,7,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// What the agent holds: the last complete set it applied.
-	Incarnation   string `protobuf:"bytes,8,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	Sequence      uint64 `protobuf:"varint,9,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	Facts         *Facts `protobuf:"bytes,10,opt,name=facts,proto3" json:"facts,omitempty"`
-	Now           *When  `protobuf:"bytes,11,opt,name=now,proto3" json:"now,omitempty"`
+	Incarnation string `protobuf:"bytes,8,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Sequence    uint64 `protobuf:"varint,9,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Facts       *Facts `protobuf:"bytes,10,opt,name=facts,proto3" json:"facts,omitempty"`
+	Now         *When  `protobuf:"bytes,11,opt,name=now,proto3" json:"now,omitempty"`
+	// How many Hellos this start of the agent has said before. Of two sessions
+	// with one nonce the agent means the one with more, whichever is handled last.
+	Ordinal       uint64 `protobuf:"varint,20,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -896,6 +899,13 @@ func (x *Hello) GetNow() *When {
 		return x.Now
 	}
 	return nil
+}
+
+func (x *Hello) GetOrdinal() uint64 {
+	if x != nil {
+		return x.Ordinal
+	}
+	return 0
 }
 
 type Welcome struct {
@@ -3865,7 +3875,7 @@ const file_wire_proto_rawDesc = "" +
 	"boottimeNs\x12 \n" +
 	"\fwall_unix_ns\x18\x03 \x01(\x03R\n" +
 	"wallUnixNs\x12\"\n" +
-	"\fsynchronized\x18\x04 \x01(\bR\fsynchronized\"\x82\x03\n" +
+	"\fsynchronized\x18\x04 \x01(\bR\fsynchronized\"\x9c\x03\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1f\n" +
 	"\vinstance_id\x18\x02 \x01(\tR\n" +
@@ -3880,7 +3890,8 @@ const file_wire_proto_rawDesc = "" +
 	"\bsequence\x18\t \x01(\x04R\bsequence\x12*\n" +
 	"\x05facts\x18\n" +
 	" \x01(\v2\x14.belay.wire.v1.FactsR\x05facts\x12%\n" +
-	"\x03now\x18\v \x01(\v2\x13.belay.wire.v1.WhenR\x03now\"\x9d\x02\n" +
+	"\x03now\x18\v \x01(\v2\x13.belay.wire.v1.WhenR\x03now\x12\x18\n" +
+	"\aordinal\x18\x14 \x01(\x04R\aordinal\"\x9d\x02\n" +
 	"\aWelcome\x120\n" +
 	"\afailure\x18\x01 \x01(\v2\x16.belay.wire.v1.FailureR\afailure\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\rR\aversion\x12 \n" +

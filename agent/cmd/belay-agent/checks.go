@@ -326,14 +326,22 @@ func checkControlPlane(ctx context.Context, p patient) []finding {
 	if err != nil {
 		return one(fail("belay-agent enroll --force --activation CODE", "%v", err))
 	}
+	proxy, err := proxyOf(p.cfg)
+	if err != nil {
+		return one(fail("correct it in the configuration or the environment", "%v", err))
+	}
 	var reached []string
 	var failed []error
 	for _, transport := range transports(p.cfg.Transport) {
 		for _, address := range id.Addresses {
-			s, err := dial(ctx, address, transport, wire.ProtocolTunnel, cert, pin)
+			s, err := dial(ctx, address, transport, wire.ProtocolTunnel, cert, pin, proxy)
 			if err == nil {
 				s.Close("", "")
-				reached = append(reached, transport+" to "+address)
+				way := transport + " to " + address
+				if through := proxy.Describe(address); through != "" && transport == wire.TransportTCP {
+					way += " through the proxy " + through
+				}
+				reached = append(reached, way)
 				break
 			}
 			failed = append(failed, err)
@@ -361,7 +369,7 @@ func transports(choice string) []string {
 	return []string{choice}
 }
 
-func dial(ctx context.Context, address, transport, protocol string, cert tls.Certificate, pin wire.Pin) (wire.Session, error) {
+func dial(ctx context.Context, address, transport, protocol string, cert tls.Certificate, pin wire.Pin, proxy *carrier.Proxy) (wire.Session, error) {
 	limit := tcpTime
 	if transport == wire.TransportQUIC {
 		limit = quicTime
@@ -370,6 +378,6 @@ func dial(ctx context.Context, address, transport, protocol string, cert tls.Cer
 	defer cancel()
 	return carrier.Dial(ctx, carrier.DialConfig{
 		Address: address, Transport: transport, Protocol: protocol,
-		Certificate: cert, Pins: []wire.Pin{pin},
+		Certificate: cert, Pins: []wire.Pin{pin}, Proxy: proxy,
 	})
 }

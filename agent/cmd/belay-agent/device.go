@@ -255,7 +255,7 @@ func (d *device) Status() localapi.Status {
 		Version: agentVersion(), Instance: d.id.ID, Cluster: d.id.Cluster,
 		PID: os.Getpid(), StartedAt: d.startedAt,
 		Link: localapi.Link{
-			Connected: l.State == link.StateConnected, Transport: l.Transport, Address: l.Address,
+			Connected: l.State == link.StateConnected, Transport: l.Transport, Address: l.Address, Proxy: l.Proxy,
 			Since: l.Since.UTC(), LastError: l.LastError,
 		},
 		Tasks: map[string]int{}, Attributes: d.facts.Attributes, CPU: d.facts.CPU, MemoryMiB: d.facts.MemoryMiB,

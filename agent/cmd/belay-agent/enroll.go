@@ -148,8 +148,13 @@ func enroll(ctx context.Context, t terminal, cfg config.Config, code activationC
 		begun.Discard()
 		return identity.Instance{}, false, err
 	}
+	proxy, err := proxyOf(cfg)
+	if err != nil {
+		begun.Discard()
+		return identity.Instance{}, false, err
+	}
 	e, err := ask(ctx, t, link.EnrollConfig{
-		Code: code.text, Key: key, Transport: cfg.Transport,
+		Code: code.text, Key: key, Transport: cfg.Transport, Proxy: proxy,
 		HashedMachineID: facts.MachineID, AgentVersion: agentVersion(), Hostname: facts.Hostname,
 		Facts: describe(facts, cfg),
 	})

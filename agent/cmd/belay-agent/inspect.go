@@ -80,7 +80,11 @@ func statusTable(t terminal, s localapi.Status) error {
 	l := s.Link
 	switch {
 	case l.Connected:
-		row("Link", "connected to %s over %s since %s", l.Address, l.Transport, l.Since.Format(time.RFC3339))
+		through := ""
+		if l.Proxy != "" {
+			through = " through the proxy " + l.Proxy
+		}
+		row("Link", "connected to %s over %s%s since %s", l.Address, l.Transport, through, l.Since.Format(time.RFC3339))
 	case l.Since.IsZero():
 		row("Link", "not connected yet")
 	default:

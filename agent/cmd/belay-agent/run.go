@@ -218,11 +218,17 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the device's identity is damaged: %w", err)
 	}
+	proxy, err := proxyOf(d.cfg)
+	if err != nil {
+		return nil, err
+	}
 	return link.New(link.Config{
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
 		Capabilities: []string{wire.CapabilityDevices, wire.CapabilityDisconnect},
-		Facts:        d.told(), Clock: clock, Logger: d.log,
+		Facts:        d.told(), Clock: clock, Logger: d.log, Proxy: proxy,
+		ProbeFirst: time.Duration(d.cfg.Tunnel.ProbeFirst), ProbeMost: time.Duration(d.cfg.Tunnel.ProbeMost),
+		Known: known(d.cfg.StateDir), Resolved: remember(d.cfg.StateDir, d.log),
 		Remember: func(addresses []string) {
 			if err := identity.SetAddresses(d.cfg.StateDir, addresses); err != nil {
 				d.log.Warn("the control plane's new addresses are not remembered", "error", err)
@@ -247,6 +253,7 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 		return plugins.Run(ctx)
 	})
 	g.start("tunnel", d.tunnel)
+	g.start("network changes", d.watchNetwork)
 	g.start("plugin changes", func(ctx context.Context) error { return d.runtimes.run(ctx, d.dog) })
 	g.start("facts", d.keepFacts)
 	g.start("local API", api.Run)

@@ -30,6 +30,7 @@ type Config struct {
 	Log              Log               `toml:"log"`
 	Reserve          Reserve           `toml:"reserve"`
 	Images           Images            `toml:"images"`
+	Tunnel           Tunnel            `toml:"tunnel"`
 	Attributes       map[string]string `toml:"attributes"`
 	// Plugins are the tables of this file; Plugin adds the files beside it.
 	Plugins map[string]Table `toml:"plugins"`
@@ -41,6 +42,33 @@ type Config struct {
 type Log struct {
 	Level  string `toml:"level"`
 	Format string `toml:"format"`
+}
+
+// Tunnel is about the way to the control plane.
+type Tunnel struct {
+	// Proxy is the URL of a proxy for TCP; "": as the environment says,
+	// ProxyNone: none. It may hold a password: see String.
+	Proxy   Secret   `toml:"proxy"`
+	NoProxy []string `toml:"no_proxy"`
+	// QUIC is tried again beside a session over TCP after ProbeFirst, then ever
+	// more rarely, at least every ProbeMost.
+	ProbeFirst Duration `toml:"probe_first"`
+	ProbeMost  Duration `toml:"probe_most"`
+}
+
+// ProxyNone is the proxy of an agent that goes directly whatever the
+// environment says.
+const ProxyNone = "none"
+
+// Secret is text that must not be shown.
+type Secret string
+
+// String hides it.
+func (s Secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return "[not shown]"
 }
 
 // Reserve is what tasks may not use.
@@ -75,6 +103,7 @@ func Default() Config {
 		Log:              Log{Level: "info", Format: "text"},
 		Reserve:          Reserve{CPUPercent: 5, MemoryMiB: 128},
 		Images:           Images{KeepUnused: Duration(7 * 24 * time.Hour), HighPercent: 85, LowPercent: 80, MinAge: Duration(2 * time.Minute)},
+		Tunnel:           Tunnel{NoProxy: []string{}, ProbeFirst: Duration(time.Minute), ProbeMost: Duration(30 * time.Minute)},
 	}
 }
 

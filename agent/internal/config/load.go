@@ -109,6 +109,15 @@ func (c *Config) Validate() error {
 	oneOf("transport", c.Transport, "auto", "quic", "tcp")
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")
+	if c.Tunnel.ProbeFirst < Duration(time.Second) {
+		bad("tunnel.probe_first is %s: must be 1s or more", time.Duration(c.Tunnel.ProbeFirst))
+	}
+	if c.Tunnel.ProbeMost < c.Tunnel.ProbeFirst {
+		bad("tunnel.probe_most is %s: must not be less than tunnel.probe_first", time.Duration(c.Tunnel.ProbeMost))
+	}
+	if p := string(c.Tunnel.Proxy); p != "" && p != ProxyNone && !strings.Contains(p, "://") {
+		bad("tunnel.proxy: must be \"none\" or a URL like \"http://proxy.example:3128\" or \"socks5://proxy.example:1080\"")
+	}
 	if c.PullGiveUp < 0 {
 		bad("pull_give_up is negative: must be 0s (never give up) or more")
 	}

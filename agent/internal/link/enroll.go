@@ -22,6 +22,7 @@ type EnrollConfig struct {
 	Code      string        // the activation code, as typed
 	Key       crypto.Signer // the device's, already kept
 	Transport string        // TransportAuto (default), "quic" or "tcp"
+	Proxy     *carrier.Proxy
 
 	HashedMachineID string
 	AgentVersion    string
@@ -69,13 +70,14 @@ func Enroll(ctx context.Context, cfg EnrollConfig) (Enrollment, error) {
 	if err != nil {
 		return Enrollment{}, err
 	}
+	resolver := carrier.NewResolver(nil, nil)
 	var failed []error
 	for _, address := range code.Addresses {
 		for _, try := range plan(cfg.Transport) {
 			dialing, cancel := context.WithTimeout(ctx, try.within)
 			s, err := carrier.Dial(dialing, carrier.DialConfig{
 				Address: address, Transport: try.transport, Protocol: wire.ProtocolEnroll,
-				Certificate: cert, Pins: []wire.Pin{code.Pin},
+				Certificate: cert, Pins: []wire.Pin{code.Pin}, Proxy: cfg.Proxy, Resolver: resolver,
 			})
 			cancel()
 			if err != nil {
@@ -99,6 +101,21 @@ func Enroll(ctx context.Context, cfg EnrollConfig) (Enrollment, error) {
 		}
 	}
 	return Enrollment{}, enrollFailure(failed)
+}
+
+// attempt is one transport and how long a dial over it may take.
+type attempt struct {
+	transport string
+	within    time.Duration
+}
+
+// plan tries one after the other, unlike the link: an enrolment may take
+// effect, and only one must.
+func plan(transport string) []attempt {
+	if transport == TransportAuto {
+		return []attempt{{wire.TransportQUIC, quicHeadStart}, {wire.TransportTCP, dialTimeout}}
+	}
+	return []attempt{{transport, dialTimeout}}
 }
 
 func enrollOver(ctx context.Context, s wire.Session, cfg EnrollConfig, code wire.ActivationCode) (*wire.EnrollResponse, error) {

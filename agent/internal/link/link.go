@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -44,7 +45,16 @@ type Config struct {
 	// Remember is told the control plane's addresses when they change. May
 	// be nil.
 	Remember func(addresses []string)
-	Logger   *slog.Logger
+	// Proxy is for TCP; nil: directly.
+	Proxy *carrier.Proxy
+	// Known are addresses of names from an earlier run, for when there is no
+	// DNS; Resolved is told when they change. Both may be nil.
+	Known    map[string][]netip.Addr
+	Resolved func(known map[string][]netip.Addr)
+	// QUIC is tried beside a session over TCP after ProbeFirst, then after
+	// twice as long each time, up to ProbeMost. 0: 1 and 30 minutes.
+	ProbeFirst, ProbeMost time.Duration
+	Logger                *slog.Logger
 
 	dial func(ctx context.Context, transport, address string) (wire.Session, error) // for tests
 	rand func() float64                                                             // [0, 1), for tests
@@ -62,6 +72,7 @@ type Status struct {
 	State     string    `json:"state"`
 	Transport string    `json:"transport,omitempty"` // when connected
 	Address   string    `json:"address,omitempty"`   // when connected
+	Proxy     string    `json:"proxy,omitempty"`     // when connected through one
 	Since     time.Time `json:"since"`               // connected, or not
 	LastError string    `json:"lastError,omitempty"`
 	NextTry   time.Time `json:"nextTry,omitzero"` // when waiting
@@ -77,13 +88,19 @@ type Link struct {
 	down agent.Downlink
 
 	mu        sync.Mutex
-	addresses []string
+	addresses []string // the preferred one first
+	noQUIC    bool     // TCP was needed last
+	ordinal   uint64   // Hellos said so far
+	resolver  *carrier.Resolver
 	status    Status
 	statuses  map[string]*wire.TaskStatus // latest not acknowledged, by task
 	facts     *wire.Facts
 	factsGen  int
 	ack       ackLevel
 	wake      chan struct{} // cap 1: there may be something to send
+
+	changed chan string   // cap 1: the network, and why
+	rebuild chan struct{} // cap 1
 }
 
 // ackLevel is how far assignments are persisted.
@@ -108,6 +125,13 @@ func New(cfg Config) (*Link, error) {
 	if err := CheckTransport(cfg.Transport); err != nil {
 		return nil, err
 	}
+	if cfg.ProbeFirst <= 0 {
+		cfg.ProbeFirst = probeFirst
+	}
+	if cfg.ProbeMost <= 0 {
+		cfg.ProbeMost = probeMost
+	}
+	cfg.ProbeMost = max(cfg.ProbeMost, cfg.ProbeFirst)
 	if len(cfg.Addresses) == 0 {
 		return nil, errors.New("no address of a control plane: enrol this device again")
 	}
@@ -124,8 +148,9 @@ func New(cfg Config) (*Link, error) {
 	l := &Link{
 		cfg: cfg, log: cfg.Logger, addresses: slices.Clone(cfg.Addresses),
 		statuses: map[string]*wire.TaskStatus{}, facts: cfg.Facts,
-		wake:   make(chan struct{}, 1),
-		status: Status{State: StateConnecting, Since: time.Now(), Instance: cfg.InstanceID},
+		wake: make(chan struct{}, 1), changed: make(chan string, 1), rebuild: make(chan struct{}, 1),
+		resolver: carrier.NewResolver(cfg.Known, cfg.Resolved),
+		status:   Status{State: StateConnecting, Since: time.Now(), Instance: cfg.InstanceID},
 	}
 	if cfg.Key != nil {
 		var err error
@@ -231,8 +256,11 @@ func (l *Link) setStatus(edit func(*Status)) {
 }
 
 func (l *Link) dialCarrier(ctx context.Context, transport, address string) (wire.Session, error) {
+	l.mu.Lock()
+	resolver := l.resolver
+	l.mu.Unlock()
 	return carrier.Dial(ctx, carrier.DialConfig{
 		Address: address, Transport: transport, Protocol: wire.ProtocolTunnel,
-		Certificate: l.cert, Pins: l.cfg.Pins,
+		Certificate: l.cert, Pins: l.cfg.Pins, Proxy: l.cfg.Proxy, Resolver: resolver,
 	})
 }

@@ -33,8 +33,9 @@ func (s *session) answerRequests(ctx context.Context) error {
 		}
 		select {
 		case places <- struct{}{}:
+			s.answers.Add(1)
 			go func() {
-				defer func() { <-places }()
+				defer func() { <-places; s.answers.Add(-1) }()
 				s.answer(ctx, stream)
 			}()
 		default:

@@ -3,7 +3,8 @@ package link
 import (
 	"context"
 	"errors"
-	"fmt"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/belay-edge/belay/controlplane/wire"
@@ -11,11 +12,44 @@ import (
 )
 
 const (
-	// quicHeadStart is how long QUIC may take to register before TCP is tried.
-	quicHeadStart = 2 * time.Second
-	// registerTimeout is the same for a transport that is the only or last one.
-	registerTimeout = 15 * time.Second
+	// probeFirst and probeMost are the times between two tries of QUIC beside a
+	// session over TCP.
+	probeFirst = time.Minute
+	probeMost  = 30 * time.Minute
+	// resumeCheck is how often the clocks are compared, and slept how far they
+	// may be apart: more is a suspend, in which the timers of sessions stood.
+	resumeCheck = 10 * time.Second
+	slept       = 2 * time.Second
+	// registering is how long a session may be waited for that seems to have
+	// registered: the one before was told that it was replaced.
+	registering = 2 * time.Second
 )
+
+// errRebuild ends a session on Rebuild.
+var errRebuild = errors.New("the transport is built anew")
+
+// keeper keeps the link up. Its loop owns the session in use, the search for
+// another, and when each is due.
+type keeper struct {
+	l    *Link
+	back *backoff
+	said complaints
+
+	cur    *session
+	since  time.Time    // cur registered
+	ended  chan outcome // of sessions, whether in use or not
+	search *search      // nil: none
+	gone   error        // cur has ended, but the one that replaced it registers just now
+	grace  *time.Timer  // for that
+	probes *time.Timer
+	next   time.Duration // between two probes
+	all    sync.WaitGroup
+}
+
+type outcome struct {
+	s   *session
+	err error
+}
 
 // Run keeps a session up until ctx ends; then it returns nil. It never gives
 // up: what it cannot reach or what refuses it is tried again.
@@ -23,178 +57,340 @@ func (l *Link) Run(ctx context.Context) error {
 	if l.down == nil {
 		return errors.New("link: Attach was not called")
 	}
-	back := newBackoff(time.Now(), l.cfg.rand)
-	said := complaints{}
-	for ctx.Err() == nil {
-		l.setStatus(func(s *Status) {
-			s.State, s.Transport, s.Address, s.NextTry = StateConnecting, "", "", time.Time{}
-		})
-		registered, err := l.round(ctx) // when; zero: not
-		if ctx.Err() != nil {
-			break
-		}
-		if !registered.IsZero() {
-			back.reset(time.Now(), time.Since(registered))
-			said = complaints{}
-		}
-		wait := back.next(time.Now(), err)
-		if said.worth(err, time.Now()) {
-			l.complain(err, wait)
-		}
-		l.setStatus(func(s *Status) {
-			s.State, s.Transport, s.Address = StateWaiting, "", ""
-			s.NextTry, s.LastError = time.Now().Add(wait), err.Error()
-		})
-		t := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-		case <-t.C:
-		}
-		t.Stop()
+	k := &keeper{
+		l: l, back: newBackoff(time.Now(), l.cfg.rand), ended: make(chan outcome),
+		probes: time.NewTimer(time.Hour), grace: time.NewTimer(time.Hour), next: l.cfg.ProbeFirst,
 	}
-	l.setStatus(func(s *Status) { s.State, s.Transport, s.Address, s.NextTry = StateWaiting, "", "", time.Time{} })
+	k.probes.Stop()
+	k.grace.Stop()
+	ctx, cancel := context.WithCancel(ctx)
+	k.all.Go(func() { l.watchSuspend(ctx) })
+	k.run(ctx)
+	cancel()
+	if k.search != nil {
+		k.search.cancel()
+		k.search.work.Wait()
+		select {
+		case s := <-k.search.won: // registered in the last moment
+			s.conn.Close("", "")
+		default:
+		}
+	}
+	go func() { // sessions that end with ctx
+		for range k.ended {
+		}
+	}()
+	k.all.Wait()
+	close(k.ended)
+	l.setStatus(func(s *Status) {
+		s.State, s.Transport, s.Address, s.Proxy, s.NextTry = StateWaiting, "", "", "", time.Time{}
+	})
 	return nil
 }
 
-// round tries every address over every transport allowed until one registers,
-// and serves that session to its end.
-func (l *Link) round(ctx context.Context) (registered time.Time, err error) {
-	l.mu.Lock()
-	addresses := l.addresses
-	l.mu.Unlock()
-	var failed []error
-	for _, address := range addresses {
-		for _, try := range plan(l.cfg.Transport) {
-			s, err := l.register(ctx, try, address)
-			if err == nil {
-				l.prefer(address)
-				registered = time.Now()
-				return registered, s.serve(ctx)
+func (k *keeper) run(ctx context.Context) {
+	k.seek(ctx, nil)
+	for ctx.Err() == nil {
+		var won <-chan *session
+		var failed <-chan error
+		var doubts <-chan doubt
+		if k.search != nil {
+			won, failed = k.search.won, k.search.failed
+		}
+		if k.cur != nil {
+			doubts = k.cur.doubts
+		}
+		select {
+		case <-ctx.Done():
+		case s := <-won:
+			k.take(ctx, s)
+		case err := <-failed:
+			k.probed(ctx, err)
+		case o := <-k.ended:
+			switch {
+			case o.s != k.cur:
+			case wire.CodeOf(o.err) == wire.CodeReplaced && k.search != nil && k.search.registering():
+				// The Goodbye was quicker than the Welcome.
+				k.gone = o.err
+				k.grace.Reset(registering)
+			default:
+				k.lose(ctx, o.err)
 			}
-			failed = append(failed, err)
-			if ctx.Err() != nil {
-				return registered, ctx.Err()
+		case <-k.grace.C:
+			if k.gone != nil {
+				k.lose(ctx, k.gone)
 			}
-			var refusal *wire.Error
-			if errors.As(err, &refusal) {
-				// The control plane has spoken: another way to it is still
-				// the same control plane.
-				return registered, err
-			}
-			if errors.Is(err, carrier.ErrWrongPin) {
-				break // so is another transport
-			}
+		case level := <-doubts:
+			k.doubt(ctx, level)
+		case <-k.probes.C:
+			k.probe(ctx)
+		case why := <-k.l.changed:
+			k.networkChanged(why)
+		case <-k.l.rebuild:
+			k.rebuild(ctx)
 		}
 	}
-	return registered, joined(failed)
-}
-
-// attempt is one transport and how long it has to register.
-type attempt struct {
-	transport string
-	within    time.Duration
-}
-
-func plan(transport string) []attempt {
-	if transport == TransportAuto {
-		return []attempt{{wire.TransportQUIC, quicHeadStart}, {wire.TransportTCP, registerTimeout}}
+	if k.cur != nil {
+		<-k.cur.stopped
+		k.l.down.Connected(false)
 	}
-	return []attempt{{transport, registerTimeout}}
 }
 
-// register dials and says hello. The session it returns is registered.
-func (l *Link) register(ctx context.Context, try attempt, address string) (*session, error) {
-	ctx, cancel := context.WithTimeout(ctx, try.within)
-	defer cancel()
-	conn, err := l.cfg.dial(ctx, try.transport, address)
-	if err != nil {
-		return nil, err
+// seek looks for a session where there is none.
+func (k *keeper) seek(ctx context.Context, after error) {
+	k.search = k.l.seek(ctx, k.back, &k.said, seeking, after)
+	k.search.allow()
+}
+
+// take puts a session that has registered in the place of the one in use, if
+// there is one: make before break. At the control plane it has its place
+// already; here the old one ends its reports and assignments before the new
+// one begins, and finishes what it was asked beside it.
+func (k *keeper) take(ctx context.Context, s *session) {
+	k.search.work.Wait()
+	k.search = nil
+	old := k.cur
+	if old != nil {
+		old.retire()
+		k.l.log.Info("the link moves to another way", "from", old.conn.Transport(), "to", s.conn.Transport())
+		k.unlearn(old)
+	} else {
+		k.l.down.Connected(true)
 	}
-	s, err := l.hello(ctx, conn)
-	if err != nil {
-		code := ""
-		if errors.Is(err, wire.ErrFrame) {
-			code = wire.CodeProtocol
+	k.gone = nil
+	s.begin(ctx)
+	k.cur, k.since = s, time.Now()
+	k.said = complaints{}
+	k.l.registered(s)
+	k.all.Go(func() {
+		err := s.serve(&k.all)
+		k.ended <- outcome{s, err}
+	})
+	k.plan()
+}
+
+// unlearn forgets what was learned of QUIC when it has worked for long.
+func (k *keeper) unlearn(s *session) {
+	if s.conn.Transport() == wire.TransportQUIC && time.Since(k.since) > k.l.cfg.ProbeMost {
+		k.next = k.l.cfg.ProbeFirst
+	}
+}
+
+// lose is called when the session in use has ended.
+func (k *keeper) lose(ctx context.Context, err error) {
+	k.unlearn(k.cur)
+	k.cur, k.gone = nil, nil
+	k.probes.Stop()
+	k.l.down.Connected(false)
+	k.l.setStatus(func(s *Status) {
+		s.State, s.Transport, s.Address, s.Proxy, s.LastError = StateConnecting, "", "", "", err.Error()
+	})
+	switch {
+	case k.search == nil, k.search.probe && k.search.stop():
+		k.back.reset(time.Now(), time.Since(k.since))
+		k.said = complaints{}
+		k.seek(ctx, err)
+	default:
+		// It is being looked for already, or registered a moment ago.
+		k.search.allow()
+	}
+}
+
+// doubt is what the session in use tells of itself.
+func (k *keeper) doubt(ctx context.Context, level doubt) {
+	k.l.log.Debug("whether the control plane is still reached", "doubt", level)
+	if level == calm {
+		if k.search != nil && !k.search.probe && k.search.stop() {
+			k.search = nil
+			k.plan()
 		}
-		conn.Close(code, "")
-		return nil, fmt.Errorf("register at %s over %s: %w", address, try.transport, err)
+		return
 	}
-	s.address = address
-	return s, nil
+	if k.search != nil && k.search.probe {
+		if !k.search.stop() {
+			return // it registers
+		}
+		k.search = nil
+	}
+	if k.search == nil {
+		k.back.reset(time.Now(), time.Since(k.since))
+		k.said = complaints{}
+		k.search = k.l.seek(ctx, k.back, &k.said, doubtful, nil)
+	}
+	if level == alarmed {
+		k.search.allow()
+	}
 }
 
-// prefer puts the address that worked first.
-func (l *Link) prefer(address string) {
+// plan sets when QUIC is tried next.
+func (k *keeper) plan() {
+	k.probes.Stop()
+	if k.cur == nil || k.cur.conn.Transport() != wire.TransportTCP || k.l.cfg.Transport != TransportAuto {
+		return
+	}
+	k.probes.Reset(k.jitter(k.next))
+	k.next = min(2*k.next, k.l.cfg.ProbeMost)
+}
+
+// jitter is between half of d and d.
+func (k *keeper) jitter(d time.Duration) time.Duration {
+	return d/2 + time.Duration(k.back.uniform()*float64(d/2))
+}
+
+// probe tries QUIC while TCP works.
+func (k *keeper) probe(ctx context.Context) {
+	if k.cur == nil || k.search != nil {
+		return
+	}
+	k.search = k.l.seek(ctx, k.back, &k.said, probing, nil)
+	k.search.allow()
+}
+
+// probed is called when QUIC did not register, or was refused.
+func (k *keeper) probed(ctx context.Context, err error) {
+	k.search.cancel()
+	k.search.work.Wait()
+	k.search = nil
+	k.l.log.Debug("still over TCP: QUIC was tried", "err", err)
+	if k.cur == nil { // lost meanwhile
+		k.back.reset(time.Now(), time.Since(k.since))
+		k.seek(ctx, err)
+		return
+	}
+	k.plan()
+	var refusal *wire.Error
+	if errors.As(err, &refusal) && refusal.RetryAfter > 0 && k.next > 0 {
+		k.probes.Reset(max(k.jitter(k.next), min(refusal.RetryAfter, refusalCap)))
+	}
+}
+
+// networkChanged is called when addresses or routes did, and after a suspend.
+// A session may have outlived it: QUIC's socket belongs to no address.
+func (k *keeper) networkChanged(why string) {
+	k.l.log.Debug("the network may be another", "why", why)
+	k.l.forgive()
+	k.next = k.l.cfg.ProbeFirst
+	if k.cur != nil {
+		k.cur.check()
+		k.plan()
+	}
+	if k.search != nil {
+		k.search.kick()
+	}
+}
+
+// rebuild begins as Run does.
+func (k *keeper) rebuild(ctx context.Context) {
+	k.l.log.Warn("the transport is built anew")
+	if k.search != nil {
+		k.search.cancel()
+		k.search.work.Wait()
+		select {
+		case s := <-k.search.won:
+			s.conn.Close("", "")
+		default:
+		}
+		k.search = nil
+	}
+	k.l.forgetWays()
+	k.next = k.l.cfg.ProbeFirst
+	k.back = newBackoff(time.Now(), k.l.cfg.rand)
+	k.said = complaints{}
+	if k.cur != nil {
+		k.cur.cancel(errRebuild)
+		return // lose goes on
+	}
+	k.seek(ctx, nil)
+}
+
+// watchSuspend notices that the device was suspended.
+func (l *Link) watchSuspend(ctx context.Context) {
+	c := l.cfg.Clock
+	if c == nil {
+		return
+	}
+	for {
+		boot, begun := c.Now(), time.Now()
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.After(resumeCheck):
+		}
+		if c.Now()-boot-time.Since(begun) > slept {
+			l.NetworkChanged("the device was suspended")
+		}
+	}
+}
+
+// NetworkChanged makes the link doubt what it has and try at once what it has
+// not. It does not block.
+func (l *Link) NetworkChanged(why string) {
+	select {
+	case l.changed <- why:
+	default: // one waits
+	}
+}
+
+// Rebuild makes the link begin again as at its start: the session and every try
+// end, and with them their sockets; what was learned of addresses and
+// transports is forgotten. For a watchdog: a working session is cut, too. It
+// does not block.
+func (l *Link) Rebuild() {
+	select {
+	case l.rebuild <- struct{}{}:
+	default:
+	}
+}
+
+// candidates are the addresses of wave n, the preferred one first: all of them
+// where they are few, else the others by turns.
+func (l *Link) candidates(n int) []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	ordered := []string{address}
+	if len(l.addresses) <= raceWidth {
+		return slices.Clone(l.addresses)
+	}
+	out := []string{l.addresses[0]}
+	rest := l.addresses[1:]
+	for i := range raceWidth - 1 {
+		out = append(out, rest[(n*(raceWidth-1)+i)%len(rest)])
+	}
+	return out
+}
+
+// registered notes what worked.
+func (l *Link) registered(s *session) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ordered := []string{s.address}
 	for _, a := range l.addresses {
-		if a != address {
+		if a != s.address {
 			ordered = append(ordered, a)
 		}
 	}
 	l.addresses = ordered
+	l.noQUIC = l.cfg.Transport == TransportAuto && s.conn.Transport() == wire.TransportTCP
 }
 
-// complaints are what was logged since the link was lost. Offline is a normal
-// state that may last for weeks: a log on flash must not grow by every try.
-type complaints struct {
-	seen map[string]bool
-	at   time.Time // of the last
+// quicFailed tells whether TCP was needed last.
+func (l *Link) quicFailed() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.noQUIC
 }
 
-const (
-	complainAgain = time.Hour // what was said before is said again
-	mostNews      = 16        // errors that may be new until then
-)
-
-// worth says whether to log a failed try.
-func (c *complaints) worth(err error, now time.Time) bool {
-	again := now.Sub(c.at) >= complainAgain
-	if again {
-		c.seen = map[string]bool{}
-	}
-	if c.seen[err.Error()] || len(c.seen) >= mostNews {
-		return false
-	}
-	c.seen[err.Error()], c.at = true, now
-	return true
+// forgive forgets that QUIC failed.
+func (l *Link) forgive() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.noQUIC = false
 }
 
-func (l *Link) complain(err error, wait time.Duration) {
-	code := wire.CodeOf(err)
-	switch {
-	case hopeless(code):
-		l.log.Error("the control plane refuses this device; its tasks go on. Enrol it again, or deregister it for good and wipe its state directory",
-			"code", code, "err", err, "retry", wait.Round(time.Millisecond))
-	case errors.Is(err, carrier.ErrWrongPin):
-		l.log.Error("not the control plane this device was enrolled with", "err", err, "retry", wait.Round(time.Millisecond))
-	case wait < silenceCap:
-		l.log.Info("not connected", "err", err, "retry", wait.Round(time.Millisecond))
-	default:
-		l.log.Warn("not connected", "err", err, "retry", wait.Round(time.Millisecond))
-	}
+// forgetWays forgets all that was learned on the way.
+func (l *Link) forgetWays() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.noQUIC = false
+	l.addresses = append(slices.Clone(l.addresses[1:]), l.addresses[0])
+	l.resolver = carrier.NewResolver(l.resolver.Known(), l.cfg.Resolved)
 }
-
-// joined puts errors on one line.
-func joined(errs []error) error {
-	if len(errs) == 1 {
-		return errs[0]
-	}
-	return &several{errs}
-}
-
-type several struct{ errs []error }
-
-func (s *several) Error() string {
-	text := ""
-	for i, err := range s.errs {
-		if i > 0 {
-			text += "; "
-		}
-		text += err.Error()
-	}
-	return text
-}
-
-func (s *several) Unwrap() []error { return s.errs }

@@ -37,10 +37,19 @@ type session struct {
 	welcome *wire.Welcome
 	address string
 
-	cancel context.CancelCauseFunc
-	sets   chan set
-	pongs  chan uint64  // ids of pings to answer
-	heard  atomic.Int64 // frames read so far
+	life    context.Context         // ends with the session
+	end     context.CancelFunc      // of life
+	active  context.Context         // of reports and assignments, within life
+	cancel  context.CancelCauseFunc // of active
+	stopped chan struct{}           // closed when there are no more of them
+	leaving chan struct{}           // closed by the control plane's Goodbye
+	doubts  chan doubt              // cap 1, the latest: whether it still reaches the control plane
+	checks  chan struct{}           // cap 1: ask at once whether it does
+	answers atomic.Int32            // requests under way
+
+	sets  chan set
+	pongs chan uint64  // ids of pings to answer
+	heard atomic.Int64 // frames read so far
 
 	// What this session has sent already; the writer's own.
 	sent     map[string]uint64
@@ -73,10 +82,14 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 		Incarnation:     incarnation,
 		Sequence:        sequence,
 		Facts:           l.facts,
+		Ordinal:         l.ordinal,
 	}
+	l.ordinal++
 	s := &session{
 		link: l, conn: conn, control: stream,
 		sets: make(chan set, 4), pongs: make(chan uint64, 4),
+		stopped: make(chan struct{}), leaving: make(chan struct{}),
+		doubts: make(chan doubt, 1), checks: make(chan struct{}, 1),
 		sent: map[string]uint64{}, factsGen: l.factsGen,
 		// Hello says what is held: it needs no acknowledgement.
 		ack: ackLevel{incarnation, sequence},
@@ -140,50 +153,135 @@ func writeFrames(w io.Writer, frames ...*wire.Frame) error {
 	return err
 }
 
-// serve runs the session to its end and says why it ended.
-func (s *session) serve(ctx context.Context) error {
+const (
+	// finish is how long requests under way may take on a session that another
+	// has replaced, and parting how long the control plane has to say so there.
+	finish  = 10 * time.Second
+	parting = 2 * time.Second
+)
+
+// errRetired ends the reports of a session in whose place there is another.
+var errRetired = errors.New("another session has taken over")
+
+// begin comes before serve, and before anything else that ends the session.
+func (s *session) begin(ctx context.Context) {
+	s.life, s.end = context.WithCancel(ctx)
+	s.active, s.cancel = context.WithCancelCause(s.life)
+}
+
+// retire makes the session end, but for requests under way, and returns when
+// nothing of it reaches the agent any more.
+func (s *session) retire() {
+	s.cancel(errRetired)
+	<-s.stopped
+}
+
+// check asks at once whether the control plane is still there.
+func (s *session) check() {
+	select {
+	case s.checks <- struct{}{}:
+	default:
+	}
+}
+
+// serve runs the session until it ends or is retired, and says why. What it was
+// asked may go on for some time after that, counted in all.
+func (s *session) serve(all *sync.WaitGroup) error {
 	l := s.link
+	defer close(s.stopped)
 	_ = s.control.SetDeadline(time.Time{})
-	ctx, s.cancel = context.WithCancelCause(ctx)
 	defer s.cancel(nil)
+	proxy := ""
+	if s.conn.Transport() == wire.TransportTCP {
+		proxy = l.cfg.Proxy.Describe(s.address)
+	}
 	l.setStatus(func(st *Status) {
-		st.State, st.Transport, st.Address = StateConnected, s.conn.Transport(), s.address
+		st.State, st.Transport, st.Address, st.Proxy = StateConnected, s.conn.Transport(), s.address, proxy
 		st.Control, st.LastError, st.NextTry = s.welcome.ControlVersion, "", time.Time{}
 	})
-	l.log.Info("connected", "address", s.address, "transport", s.conn.Transport(), "control", s.welcome.ControlVersion)
+	l.log.Info("connected", "address", s.address, "transport", s.conn.Transport(), "control", s.welcome.ControlVersion, "proxy", proxy)
 	s.rememberAddresses()
-	l.down.Connected(true)
-	defer l.down.Connected(false)
 
-	var work sync.WaitGroup
-	run := func(f func(context.Context) error) {
+	var reporting, living sync.WaitGroup
+	run := func(work *sync.WaitGroup, ctx context.Context, f func(context.Context) error) {
 		work.Go(func() {
 			if err := f(ctx); err != nil {
 				s.cancel(err)
 			}
 		})
 	}
-	run(s.read)
-	run(s.write)
-	run(s.apply)
-	run(s.answerRequests)
+	run(&living, s.life, func(context.Context) error { return s.read() })
+	run(&living, s.life, s.answerRequests)
+	run(&reporting, s.active, s.write)
+	run(&reporting, s.active, s.apply)
 	select {
-	case <-ctx.Done():
+	case <-s.active.Done():
 	case <-s.conn.Done():
 		s.cancel(fmt.Errorf("the session broke: %w", s.conn.Err()))
 	}
-	cause := ended(s.conn, context.Cause(ctx))
+	cause := context.Cause(s.active)
+	if !errors.Is(cause, errRetired) {
+		cause = ended(s.conn, cause)
+	}
+	_ = s.control.SetWriteDeadline(time.Now())
+	part := errors.Is(cause, errRetired) || wire.CodeOf(cause) == wire.CodeReplaced
+	if !part {
+		s.hangUp(cause)
+	}
+	reporting.Wait()
+	if part {
+		all.Go(func() {
+			s.part()
+			s.hangUp(cause)
+			living.Wait()
+		})
+	} else {
+		living.Wait()
+	}
+	l.log.Info("disconnected", "reason", cause, "transport", s.conn.Transport())
+	return cause
+}
+
+// hangUp ends the session for good.
+func (s *session) hangUp(cause error) {
 	code := ""
 	if errors.Is(cause, wire.ErrFrame) {
 		code = wire.CodeProtocol
 	}
 	// What is left in the stream does not matter: levels come again.
 	s.conn.Close(code, "")
+	s.end()
 	_ = s.control.SetDeadline(time.Now())
 	_ = s.control.Close()
-	work.Wait()
-	l.log.Info("disconnected", "reason", cause)
-	return cause
+}
+
+// part waits until the control plane asks nothing more here and what it asked
+// is answered.
+func (s *session) part() {
+	most := time.NewTimer(finish)
+	defer most.Stop()
+	soon := time.NewTimer(parting)
+	defer soon.Stop()
+	leaving, check := s.leaving, time.NewTicker(parting/20)
+	defer check.Stop()
+	for said := false; ; {
+		select {
+		case <-s.life.Done():
+			return
+		case <-s.conn.Done():
+			return
+		case <-most.C:
+			return
+		case <-soon.C:
+			said = true
+		case <-leaving:
+			said, leaving = true, nil
+		case <-check.C:
+		}
+		if said && s.answers.Load() == 0 {
+			return
+		}
+	}
 }
 
 func (s *session) rememberAddresses() {
@@ -210,7 +308,9 @@ func (s *session) rememberAddresses() {
 	}
 }
 
-func (s *session) read(ctx context.Context) error {
+// read takes what the control plane says. After the end of active, when another
+// session has taken over, only acknowledgements count.
+func (s *session) read() error {
 	pending := set{}
 	for {
 		f, err := wire.ReadFrame(s.control)
@@ -220,6 +320,9 @@ func (s *session) read(ctx context.Context) error {
 		s.heard.Add(1)
 		switch b := f.Body.(type) {
 		case *wire.Frame_Assignment:
+			if s.active.Err() != nil {
+				continue
+			}
 			if len(pending.assignments) >= maxSet {
 				return fmt.Errorf("%w: more than %d assignments in a set", wire.ErrFrame, maxSet)
 			}
@@ -228,8 +331,7 @@ func (s *session) read(ctx context.Context) error {
 			pending.full, pending.sequence = b.EndOfSet.GetFull(), b.EndOfSet.GetSequence()
 			select {
 			case s.sets <- pending:
-			case <-ctx.Done():
-				return nil
+			case <-s.active.Done(): // nobody takes it
 			}
 			pending = set{}
 		case *wire.Frame_StatusAck:
@@ -237,10 +339,10 @@ func (s *session) read(ctx context.Context) error {
 		case *wire.Frame_Ping:
 			select {
 			case s.pongs <- b.Ping.GetId():
-			case <-ctx.Done():
-				return nil
+			case <-s.active.Done():
 			}
 		case *wire.Frame_Goodbye:
+			close(s.leaving)
 			if err := b.Goodbye.GetFailure().Err(); err != nil {
 				return err
 			}
@@ -311,12 +413,15 @@ func (s *session) write(ctx context.Context) error {
 		timer = time.NewTimer(d)
 		due, heard = timer.C, before
 	}
+	watch := newVigil(s)
+	defer watch.timer.Stop()
 	defer func() {
 		if timer != nil {
 			timer.Stop()
 		}
 	}()
 	ask := func() error {
+		watch.ask(true)
 		pings++
 		_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 		if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Ping{Ping: &wire.Ping{Id: pings}}}); err != nil {
@@ -337,11 +442,21 @@ func (s *session) write(ctx context.Context) error {
 	if d, ok := s.conn.(wire.Doubter); ok {
 		doubt = d.Doubt()
 	}
+	// Even while a ping waits for its answer: the carrier repeats that one ever
+	// more rarely, and a control plane that is back by now turns a new one down
+	// at once. It gets no more time for it.
+	again := func() error {
+		if due != nil && awaiting && s.heard.Load() == heard {
+			return ask()
+		}
+		return ping()
+	}
 	for {
 		frames := s.news()
 		for {
 			if len(frames) > 0 {
 				last = s.heard.Load()
+				watch.ask(false)
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 				if err := writeFrames(s.control, frames...); err != nil {
 					return ended(s.conn, err)
@@ -364,16 +479,15 @@ func (s *session) write(ctx context.Context) error {
 				return ended(s.conn, err)
 			}
 		case <-doubt:
-			// Even while a ping waits for its answer: the carrier repeats that
-			// one ever more rarely, and a control plane that is back by now
-			// turns a new one down at once. It gets no more time for it.
-			again := ping
-			if due != nil && awaiting && s.heard.Load() == heard {
-				again = ask
-			}
 			if err := again(); err != nil {
 				return err
 			}
+		case <-s.checks:
+			if err := again(); err != nil {
+				return err
+			}
+		case <-watch.timer.C:
+			watch.look()
 		case <-due:
 			due = nil
 			switch {

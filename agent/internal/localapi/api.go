@@ -46,7 +46,8 @@ type Link struct {
 	Connected bool      `json:"connected"`
 	Transport string    `json:"transport,omitempty"` // "quic" or "tcp"
 	Address   string    `json:"address,omitempty"`
-	Since     time.Time `json:"since,omitzero"` // of the present state
+	Proxy     string    `json:"proxy,omitempty"` // that the way leads through
+	Since     time.Time `json:"since,omitzero"`  // of the present state
 	LastError string    `json:"lastError,omitempty"`
 }
 

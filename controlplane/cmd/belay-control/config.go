@@ -28,6 +28,9 @@ type config struct {
 	Advertise     []string `toml:"advertise"`
 	EtcdEndpoints []string `toml:"etcd_endpoints"`
 	LogLevel      string   `toml:"log_level"`
+	// Registrations is how many devices may register in a second; 0: 500 for
+	// each CPU. See docs/network.md.
+	Registrations int `toml:"registrations_per_second"`
 	// API is a certificate for the API of another CA than the control plane's.
 	API struct {
 		Certificate string `toml:"certificate"`
@@ -143,6 +146,9 @@ func (c *config) validate() error {
 		if u, err := url.Parse(e); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 			return &usageError{fmt.Errorf("etcd-endpoints: %q is not a URL as http://HOST:PORT", e)}
 		}
+	}
+	if c.Registrations < 0 || c.Registrations > 1_000_000 {
+		return &usageError{fmt.Errorf("registrations_per_second: %d: want 1 to 1000000, or 0 for 500 a CPU", c.Registrations)}
 	}
 	if (c.API.Certificate == "") != (c.API.Key == "") {
 		return &usageError{errors.New("api: certificate and key go together")}

@@ -146,7 +146,7 @@ func open(ctx context.Context, cfg config, store controlplane.Store, ca *carrier
 	if err != nil {
 		return nil, nil, err
 	}
-	h := hub.New(hub.Config{Devices: plane, Version: version, Advertise: advertise, Logger: log, Peers: book})
+	h := hub.New(hub.Config{Devices: plane, Version: version, Advertise: advertise, Logger: log, Peers: book, Registrations: cfg.Registrations})
 	plane.SetTunnels(h)
 	return plane, h, nil
 }

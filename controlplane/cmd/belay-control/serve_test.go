@@ -202,6 +202,10 @@ func TestBadCommandLines(t *testing.T) {
 	if err := os.WriteFile(file, []byte("listen = \":7443\"\n[api]\ncert = \"x\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	negative := filepath.Join(t.TempDir(), "negative.toml")
+	if err := os.WriteFile(negative, []byte("registrations_per_second = -1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		args []string
 		want string
@@ -218,6 +222,7 @@ func TestBadCommandLines(t *testing.T) {
 		{[]string{"serve", "--log-level", "loud"}, "loud"},
 		{[]string{"serve", "--config", file}, "api.cert (line 3)"},
 		{[]string{"serve", "--config", file + "x"}, "no such file"},
+		{[]string{"serve", "--config", negative}, "registrations_per_second: -1"},
 	} {
 		t.Run(strings.Join(c.args, " "), func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // should it serve
@@ -239,12 +244,12 @@ func TestVersion(t *testing.T) {
 
 func TestConfigFileAndFlags(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "control.toml")
-	text := "data_dir = \"/d\"\nlisten = \"127.0.0.1:1\"\nadvertise = [\"a.example\", \"10.0.0.1:443\"]\n"
+	text := "data_dir = \"/d\"\nlisten = \"127.0.0.1:1\"\nadvertise = [\"a.example\", \"10.0.0.1:443\"]\nregistrations_per_second = 70\n"
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c, err := readConfig([]string{"--config", file, "--listen", "127.0.0.1:2"}, io.Discard)
-	if err != nil || c.DataDir != "/d" || c.Listen != "127.0.0.1:2" {
+	if err != nil || c.DataDir != "/d" || c.Listen != "127.0.0.1:2" || c.Registrations != 70 {
 		t.Fatal(c, err)
 	}
 	at := addresses(c, fakeAddr("127.0.0.1:2"))

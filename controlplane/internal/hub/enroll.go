@@ -40,6 +40,9 @@ func (h *Hub) decideEnrollment(ctx context.Context, q *wire.EnrollRequest, key s
 	if q.Version == 0 {
 		return &wire.EnrollResponse{Failure: wire.Failf(wire.CodeVersion, "the agent does not say which version of the protocol it speaks")}
 	}
+	if failure := h.gate.enter(); failure != nil {
+		return &wire.EnrollResponse{Failure: failure}
+	}
 	instance, already, err := h.devices.Enroll(ctx, controlplane.Enrollment{
 		ActivationID:    q.ActivationId,
 		Secret:          q.Secret,

@@ -16,12 +16,14 @@ import (
 
 	"github.com/belay-edge/belay/controlplane"
 	"github.com/belay-edge/belay/controlplane/wire"
+	"github.com/belay-edge/belay/controlplane/wire/carrier"
 )
 
 // Limits. Each bounds what one peer can take from the others.
 const (
-	maxPending    = 4096 // sessions that have not registered yet
-	maxOpening    = 16   // streams until one is the control stream
+	maxPending    = 4096           // sessions that have not registered yet
+	maxFromOne    = maxPending / 2 // of them from one source address, which may be a NAT before a fleet
+	maxOpening    = 16             // streams until one is the control stream
 	helloTimeout  = 10 * time.Second
 	callTimeout   = 30 * time.Second // one call into the domain
 	writeTimeout  = 30 * time.Second // one frame to a slow device
@@ -35,6 +37,7 @@ const (
 	chunkTimeout  = 30 * time.Second // between two frames of an answer
 	overloadHint  = 5 * time.Second  // RetryAfter when pending is full
 	shutdownHint  = 500 * time.Millisecond
+	drainTimeout  = 10 * time.Second // to requests under way on a session that was replaced
 )
 
 // Acceptor yields sessions of agents: *carrier.Listener.
@@ -52,6 +55,9 @@ type Config struct {
 	// Peers lets devices hear at once of a restart after a crash; nil: they
 	// find out by themselves.
 	Peers Peers
+	// Registrations is how many devices may register in a second; 0: 500 for
+	// each CPU. The others are asked to come back.
+	Registrations int
 }
 
 // Hub implements controlplane.Tunnels.
@@ -60,6 +66,8 @@ type Hub struct {
 	devices controlplane.Devices
 	log     *slog.Logger
 	pending chan struct{}
+	fresh   *carrier.Sources // the same places, by source
+	gate    *gate
 
 	mu       sync.Mutex
 	sessions map[string]*session  // by instance
@@ -79,6 +87,8 @@ func New(cfg Config) *Hub {
 	return &Hub{
 		cfg: cfg, devices: cfg.Devices, log: cfg.Logger,
 		pending:  make(chan struct{}, maxPending),
+		fresh:    carrier.NewSources(maxFromOne),
+		gate:     newGate(cfg.Registrations, cfg.Logger),
 		sessions: map[string]*session{},
 		seen:     map[string]time.Time{},
 	}
@@ -100,16 +110,22 @@ func (h *Hub) Serve(ctx context.Context, from Acceptor) error {
 		if s, err = from.Accept(ctx); err != nil {
 			break
 		}
+		free, ok := h.fresh.Take(s.RemoteAddr())
+		if !ok {
+			all.Go(func() { s.Close(wire.CodeOverloaded, "too many devices are registering from one address, try again") })
+			continue
+		}
 		select {
 		case h.pending <- struct{}{}:
-			all.Go(func() { h.handle(work, s) })
+			all.Go(func() { h.handle(work, s, free) })
 		default:
+			free()
 			all.Go(func() { s.Close(wire.CodeOverloaded, "too many devices are registering, try again") })
 		}
 	}
 	gone := wire.Failf(wire.CodeShutdown, "the control plane is shutting down")
 	gone.RetryAfterMs = uint32(shutdownHint.Milliseconds())
-	cancel(&ending{gone})
+	cancel(&ending{failure: gone})
 	if !waitFor(&all, stopTimeout) {
 		h.log.Warn("some sessions did not end in time", "after", stopTimeout)
 	}
@@ -120,8 +136,8 @@ func (h *Hub) Serve(ctx context.Context, from Acceptor) error {
 }
 
 // handle owns one session from its first stream to its end.
-func (h *Hub) handle(ctx context.Context, s wire.Session) {
-	registered := sync.OnceFunc(func() { <-h.pending })
+func (h *Hub) handle(ctx context.Context, s wire.Session, free func()) {
+	registered := sync.OnceFunc(func() { <-h.pending; free() })
 	defer registered()
 	// Whatever happens below, nothing of this session stays.
 	defer s.Close("", "")
@@ -171,23 +187,35 @@ func (h *Hub) Disconnect(instance string, code, message string) {
 	}
 }
 
-// install makes s the session of its instance and ends the one before.
-func (h *Hub) install(s *session) {
+// install makes s the session of its instance and ends the one before. False:
+// the same agent has registered again since it asked for this one, which it
+// therefore means no longer.
+func (h *Hub) install(s *session) bool {
 	h.mu.Lock()
 	old := h.sessions[s.instance]
+	same := old != nil && old.nonce == s.nonce
+	if same && old.ordinal > s.ordinal {
+		h.mu.Unlock()
+		return false
+	}
+	s.before = old
 	h.sessions[s.instance] = s
 	if h.cfg.Peers != nil {
 		h.cfg.Peers.Put(s.instance, whereabouts(s.wire))
 	}
 	h.mu.Unlock()
 	if old == nil {
-		return
+		return true
 	}
 	if old.nonce != s.nonce && old.machine != s.machine {
 		s.log.Warn("two machines use the key of one instance: enrol each of them by itself",
 			"other", old.wire.RemoteAddr().String())
 	}
-	old.end(wire.Failf(wire.CodeReplaced, "a newer session of this instance took over, from %s", s.wire.RemoteAddr()))
+	// An agent that moves to another way lets what it was asked over the old
+	// one finish; any other is gone, or an impostor.
+	failure := wire.Failf(wire.CodeReplaced, "a newer session of this instance took over, from %s", s.wire.RemoteAddr())
+	old.cancel(&ending{failure: failure, drain: same})
+	return true
 }
 
 // drop takes s out, unless a newer session has its place.
@@ -207,7 +235,16 @@ func (h *Hub) drop(s *session) {
 
 // ending is the cause with which a session's context ends when this side wants
 // it to: what the Goodbye says.
-type ending struct{ failure *wire.Failure }
+type ending struct {
+	failure *wire.Failure
+	drain   bool // requests under way may finish
+}
+
+// draining tells whether the session ends but its requests may finish.
+func (s *session) draining() bool {
+	var e *ending
+	return errors.As(context.Cause(s.ctx), &e) && e.drain
+}
 
 // shutDown tells whether the session ends because this process does.
 func (s *session) shutDown() bool {

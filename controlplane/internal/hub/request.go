@@ -18,12 +18,28 @@ func (h *Hub) Logs(ctx context.Context, instance string, r *wire.LogsRequest, ch
 
 // ask opens a request stream to a device and passes its answer on.
 func (h *Hub) ask(ctx context.Context, instance string, q *wire.Request, chunk func(*wire.Chunk) error) error {
-	h.mu.Lock()
-	s, ok := h.sessions[instance]
-	h.mu.Unlock()
-	if !ok {
-		return controlplane.Errorf(controlplane.Unavailable, "instance %s is not connected: its output can be read once it is back", instance)
+	begun := false
+	counted := func(c *wire.Chunk) error {
+		begun = true
+		return chunk(c)
 	}
+	for try := 0; ; try++ {
+		h.mu.Lock()
+		s, ok := h.sessions[instance]
+		h.mu.Unlock()
+		if !ok {
+			return controlplane.Errorf(controlplane.Unavailable, "instance %s is not connected: its output can be read once it is back", instance)
+		}
+		err := s.askOnce(ctx, q, counted)
+		// A device that moved to another session just then is there.
+		if err == nil || begun || ctx.Err() != nil || try == 2 || !s.draining() {
+			return err
+		}
+	}
+}
+
+func (s *session) askOnce(ctx context.Context, q *wire.Request, chunk func(*wire.Chunk) error) error {
+	instance := s.instance
 	select {
 	case s.requests <- struct{}{}:
 		defer func() { <-s.requests }()
@@ -32,7 +48,7 @@ func (h *Hub) ask(ctx context.Context, instance string, q *wire.Request, chunk f
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer context.AfterFunc(s.ctx, func() { cancel(errGone) })()
+	defer context.AfterFunc(s.open, func() { cancel(errGone) })()
 	err := s.ask(ctx, q, chunk)
 	switch cause := context.Cause(ctx); {
 	case err == nil:

@@ -24,20 +24,27 @@ type session struct {
 	key      string // fingerprint
 	nonce    string
 	machine  string
+	ordinal  uint64 // among the sessions of this start of the agent
 	since    time.Time
 	log      *slog.Logger
 
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
+	open     context.Context // until requests are no longer answered: at ctx's end, or later
+	hangUp   context.CancelFunc
 	out      chan *wire.Frame
 	statuses chan *wire.TaskStatus
 	facts    chan *wire.Facts
 	changed  chan struct{} // cap 1: look at the domain again
 	requests chan struct{} // one element for each open request
+	before   *session      // that this one replaced, until the domain goroutine has waited for it
+	silent   chan struct{} // closed when nothing of this session reaches the domain any more
 
 	sent  uint64                      // sequence up to which assignments were sent; domain goroutine only
+	told  *wire.Facts                 // in Hello
 	hello controlplane.Hello          // what facts are reported with; domain goroutine only
 	late  map[string]*wire.TaskStatus // statuses the domain could not take yet, by task; domain goroutine only
+	taken map[string]uint64           // sequence of the latest status the domain took, by task; domain goroutine only
 }
 
 // tunnel serves a session of wire.ProtocolTunnel.
@@ -58,19 +65,28 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	log = log.With("instance", legible(hello.InstanceId))
 	s := &session{
 		hub: h, wire: ws, control: stream, instance: hello.InstanceId,
-		key: wire.Fingerprint(ws.PeerCertificate()), nonce: hello.AgentNonce, machine: hello.HashedMachineId,
+		key: wire.Fingerprint(ws.PeerCertificate()), nonce: hello.AgentNonce, machine: hello.HashedMachineId, ordinal: hello.Ordinal, told: hello.Facts,
 		since: h.cfg.Now(), log: log,
 		out:      make(chan *wire.Frame, outFrames),
 		statuses: make(chan *wire.TaskStatus, inStatuses),
 		facts:    make(chan *wire.Facts, 1),
 		changed:  make(chan struct{}, 1),
 		requests: make(chan struct{}, maxRequests),
+		silent:   make(chan struct{}),
 		late:     map[string]*wire.TaskStatus{},
+		taken:    map[string]uint64{},
 	}
 	s.ctx, s.cancel = context.WithCancelCause(ctx)
 	defer s.cancel(nil)
+	s.open, s.hangUp = context.WithCancel(context.Background())
+	defer s.hangUp()
 	refuse := func(failure *wire.Failure) {
-		log.Info("session refused", "code", failure.Code, "reason", failure.Message)
+		registered() // its place is for others: what is left takes lastWords at most
+		level := slog.LevelInfo
+		if failure.Code == wire.CodeOverloaded {
+			level = slog.LevelDebug // the gate tells how many
+		}
+		log.Log(ctx, level, "session refused", "code", failure.Code, "reason", failure.Message)
 		_ = stream.SetDeadline(time.Now().Add(lastWords))
 		if wire.WriteFrame(stream, &wire.Frame{Body: &wire.Frame_Welcome{Welcome: &wire.Welcome{Failure: failure}}}) == nil {
 			linger(ws, stream)
@@ -79,6 +95,10 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	}
 	var work sync.WaitGroup
 	defer work.Wait()
+	if failure := h.gate.enter(); failure != nil {
+		refuse(failure)
+		return
+	}
 	installed := make(chan struct{})
 	first, failure := s.register(hello, func() { work.Go(func() { s.watch(installed) }) })
 	if failure != nil {
@@ -88,13 +108,17 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	}
 	_ = stream.SetDeadline(time.Time{})
 	registered()
-	h.install(s)
+	if !h.install(s) {
+		s.cancel(nil)
+		refuse(wire.Failf(wire.CodeReplaced, "a newer session of this agent has registered already"))
+		return
+	}
 	close(installed)
 	log.Info("device connected", "agent", hello.AgentVersion)
 	s.serve(&work, first)
 	h.drop(s)
 	work.Wait()
-	s.farewell()
+	s.farewell(ctx)
 }
 
 // register checks who it is and what it should get first. It starts the watch
@@ -146,12 +170,18 @@ func (s *session) serve(work *sync.WaitGroup, first []*wire.Frame) {
 	var writer sync.WaitGroup
 	writer.Go(func() { stop("write", s.write(first)) })
 	work.Go(func() { stop("read", s.read()) })
-	work.Go(func() { s.converse() })
+	work.Go(func() {
+		defer close(s.silent)
+		s.converse()
+	})
 	work.Go(func() { stop("accept", s.acceptStreams()) })
 	select {
 	case <-s.ctx.Done():
 	case <-s.wire.Done():
 		s.cancel(fmt.Errorf("session: %w", s.wire.Err()))
+	}
+	if !s.draining() {
+		s.hangUp()
 	}
 	// Wake the reader now, and give the writer a moment to finish a frame.
 	_ = s.control.SetReadDeadline(time.Now())
@@ -160,16 +190,16 @@ func (s *session) serve(work *sync.WaitGroup, first []*wire.Frame) {
 }
 
 // end makes the session say goodbye and end. It does not wait.
-func (s *session) end(f *wire.Failure) { s.cancel(&ending{f}) }
+func (s *session) end(f *wire.Failure) { s.cancel(&ending{failure: f}) }
 
 // farewell tells the device why, when it was this side's wish.
-func (s *session) farewell() {
+func (s *session) farewell(ctx context.Context) {
 	cause := context.Cause(s.ctx)
 	var e *ending
 	switch {
 	case errors.As(cause, &e):
 	case errors.Is(cause, wire.ErrFrame):
-		e = &ending{wire.Failf(wire.CodeProtocol, "%s", cause)}
+		e = &ending{failure: wire.Failf(wire.CodeProtocol, "%s", cause)}
 	default:
 		s.log.Info("device disconnected", "reason", cause)
 		s.wire.Close("", "")
@@ -178,9 +208,31 @@ func (s *session) farewell() {
 	s.log.Info("session ended by the control plane", "code", e.failure.Code, "reason", e.failure.Message)
 	_ = s.control.SetWriteDeadline(time.Now().Add(lastWords))
 	if wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Goodbye{Goodbye: &wire.Goodbye{Failure: e.failure}}}) == nil {
+		if e.drain {
+			s.drain(ctx)
+		}
 		linger(s.wire, s.control)
 	}
 	s.wire.Close(e.failure.Code, e.failure.Message)
+}
+
+// drain lets requests under way finish. It takes their places, so that no new
+// ones come.
+func (s *session) drain(ctx context.Context) {
+	t := time.NewTimer(drainTimeout)
+	defer t.Stop()
+	for range maxRequests {
+		select {
+		case s.requests <- struct{}{}:
+		case <-s.wire.Done():
+			return
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			s.log.Info("requests on a session that was replaced did not finish in time", "after", drainTimeout)
+			return
+		}
+	}
 }
 
 func (s *session) write(first []*wire.Frame) error {

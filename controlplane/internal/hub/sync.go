@@ -17,6 +17,9 @@ func (s *session) converse() {
 	var facts *wire.Facts
 	stale := false // assignments have to be looked at
 	wait := time.Duration(0)
+	if s.succeed() {
+		facts = s.told
+	}
 	for {
 		var retry <-chan time.Time
 		var timer *time.Timer
@@ -64,6 +67,34 @@ func (s *session) converse() {
 		}
 	}
 }
+
+// succeed waits until nothing of the session before reaches the domain any
+// more: what it had queued is older than anything this one has. True: there was
+// one, which may have stored older facts than those of this one's Hello.
+func (s *session) succeed() bool {
+	old := s.before
+	if old == nil {
+		return false
+	}
+	s.before = nil
+	t := time.NewTimer(callTimeout)
+	defer t.Stop()
+	select {
+	case <-old.silent:
+		// What it stored but could not acknowledge comes again.
+		if old.nonce == s.nonce {
+			s.taken = old.taken
+		}
+	case <-t.C:
+		s.log.Warn("the session before has not ended its calls", "after", callTimeout)
+	}
+	return true
+}
+
+// maxTaken bounds what is remembered of statuses stored. A status comes twice
+// only when its acknowledgement was lost with a session, and storing it again
+// changes nothing: it is but a write saved.
+const maxTaken = 1024
 
 // gather takes what else has arrived, so that only the latest status of each
 // task reaches the domain.
@@ -132,11 +163,20 @@ func (s *session) takeFacts(f *wire.Facts) bool {
 func (s *session) takeStatuses() bool {
 	ok := true
 	for task, st := range s.late {
-		ctx, cancel := s.call()
-		err := s.hub.devices.ReportTask(ctx, s.instance, st)
-		cancel()
+		var err error
+		last, known := s.taken[task]
+		if known = known && last >= st.GetSequence(); !known {
+			ctx, cancel := s.call()
+			err = s.hub.devices.ReportTask(ctx, s.instance, st)
+			cancel()
+		}
 		switch {
 		case err == nil:
+			if len(s.taken) >= maxTaken {
+				clear(s.taken)
+			}
+			s.log.Debug("status taken", "task", task, "sequence", st.GetSequence(), "status", st.GetLastStatus(), "again", known)
+			s.taken[task] = max(s.taken[task], st.GetSequence())
 		case errors.Is(err, controlplane.NotFound):
 			// The device has something the control plane does not know.
 			removed := &wire.Assignment{TaskId: task, Removed: true, Desired: controlplane.StatusStopped, Sequence: s.sent}

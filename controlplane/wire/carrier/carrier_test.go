@@ -381,7 +381,7 @@ func TestTunnelNeedsAKey(t *testing.T) {
 }
 
 func TestStalledHandshakesDelayNobody(t *testing.T) {
-	r := newRig(t, func(c *ListenConfig) { c.HandshakeTimeout = 500 * time.Millisecond; c.MaxHandshakes = 50 })
+	r := newRig(t, func(c *ListenConfig) { c.HandshakeTimeout = 500 * time.Millisecond; c.MaxHandshakes = 200 })
 	var stalled []net.Conn
 	for range 40 {
 		c, err := net.Dial("tcp", r.l.Addr().String())
@@ -398,6 +398,19 @@ func TestStalledHandshakesDelayNobody(t *testing.T) {
 			t.Fatalf("a stalled handshake was kept: %v", err)
 		}
 	}
+}
+
+func TestStalledHandshakesOfOneSourceTookAllPlaces(t *testing.T) {
+	r := newRig(t, func(c *ListenConfig) { c.MaxHandshakes = 20 })
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	for range 40 {
+		c, err := d.Dial("tcp", r.l.Addr().String())
+		if err != nil {
+			t.Skipf("another address of loopback cannot be used here: %v", err)
+		}
+		defer c.Close()
+	}
+	r.pair(t, wire.TransportTCP)
 }
 
 func TestConnectionCapFreesPlaces(t *testing.T) {

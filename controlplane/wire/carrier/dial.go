@@ -26,6 +26,8 @@ type DialConfig struct {
 	Protocol    string          // wire.ProtocolTunnel or wire.ProtocolEnroll
 	Certificate tls.Certificate // the device's, see SelfSigned
 	Pins        []wire.Pin      // keys of CAs to accept, at least one
+	Proxy       *Proxy          // for TCP; nil: directly
+	Resolver    *Resolver       // nil: one that remembers nothing
 }
 
 // Dial opens a session. ctx bounds the dialling only. Errors: ErrWrongPin,
@@ -36,13 +38,16 @@ func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
 	}
 	host, _, _ := net.SplitHostPort(cfg.Address)
 	conf := clientTLS(cfg.Certificate, cfg.Pins, cfg.Protocol, host)
+	if cfg.Resolver == nil {
+		cfg.Resolver = NewResolver(nil, nil)
+	}
 	var s wire.Session
 	var err error
 	switch cfg.Transport {
 	case wire.TransportQUIC:
-		s, err = dialQUIC(ctx, cfg.Address, conf)
+		s, err = dialQUIC(ctx, cfg.Address, conf, cfg.Resolver)
 	case wire.TransportTCP:
-		s, err = dialTCP(ctx, cfg.Address, conf)
+		s, err = dialTCP(ctx, cfg, conf)
 	default:
 		return nil, fmt.Errorf("transport %q: want %s or %s", cfg.Transport, wire.TransportQUIC, wire.TransportTCP)
 	}
@@ -52,14 +57,43 @@ func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
 	return s, nil
 }
 
-func dialTCP(ctx context.Context, address string, conf *tls.Config) (wire.Session, error) {
-	// Keepalives of TCP would cost traffic that the session's own make
-	// unnecessary.
-	d := net.Dialer{KeepAlive: -1}
-	raw, err := d.DialContext(ctx, "tcp", address)
+func dialTCP(ctx context.Context, cfg DialConfig, conf *tls.Config) (wire.Session, error) {
+	var raw net.Conn
+	var err error
+	through := cfg.Proxy.of(cfg.Address)
+	if through != nil {
+		raw, err = dialProxy(ctx, through, cfg.Address, cfg.Resolver)
+	} else {
+		raw, err = dialDirect(ctx, cfg.Address, cfg.Resolver)
+	}
+	var s wire.Session
+	if err == nil {
+		s, err = overTLS(ctx, raw, conf)
+	}
+	if err != nil && through != nil {
+		err = &proxyError{describe(through), classify(err)}
+	}
 	if err != nil {
 		return nil, err
 	}
+	return s, nil
+}
+
+// dialDirect races the addresses of the host.
+func dialDirect(ctx context.Context, address string, r *Resolver) (net.Conn, error) {
+	addrs, err := r.resolve(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return race(ctx, len(addrs), func(ctx context.Context, i int) (net.Conn, error) {
+		// Keepalives of TCP would cost traffic that the session's own make
+		// unnecessary.
+		d := net.Dialer{KeepAlive: -1}
+		return d.DialContext(ctx, "tcp", addrs[i].String())
+	}, func(late net.Conn) { _ = late.Close() })
+}
+
+func overTLS(ctx context.Context, raw net.Conn, conf *tls.Config) (wire.Session, error) {
 	conn := tls.Client(raw, conf)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = raw.Close()
@@ -73,60 +107,17 @@ func dialTCP(ctx context.Context, address string, conf *tls.Config) (wire.Sessio
 	return s, nil
 }
 
-// dialQUIC tries the addresses of the host, each a moment after the one before,
-// and takes the first that answers: a UDP port where nobody listens only stays
-// silent, as ::1 does when a control plane listens on 127.0.0.1.
-func dialQUIC(ctx context.Context, address string, conf *tls.Config) (wire.Session, error) {
-	addrs, err := resolve(ctx, address)
+// dialQUIC races the addresses of the host: a UDP port where nobody listens only
+// stays silent, as ::1 does when a control plane listens on 127.0.0.1.
+func dialQUIC(ctx context.Context, address string, conf *tls.Config, r *Resolver) (wire.Session, error) {
+	addrs, err := r.resolve(ctx, "udp", address)
 	if err != nil {
 		return nil, err
 	}
-	addrs = addrs[:min(len(addrs), maxRace)]
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	type outcome struct {
-		s   wire.Session
-		err error
-	}
-	outcomes := make(chan outcome, len(addrs))
-	for i, a := range addrs {
-		go func() {
-			t := time.NewTimer(time.Duration(i) * raceStagger)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				outcomes <- outcome{nil, ctx.Err()}
-				return
-			}
-			s, err := dialQUICAddr(ctx, a, conf)
-			outcomes <- outcome{s, err}
-		}()
-	}
-	var failed []error
-	for range addrs {
-		o := <-outcomes
-		if o.err != nil {
-			failed = append(failed, o.err)
-			continue
-		}
-		left := len(addrs) - len(failed) - 1
-		go func() {
-			for range left {
-				if late := <-outcomes; late.s != nil {
-					late.s.Close("", "")
-				}
-			}
-		}()
-		return o.s, nil
-	}
-	return nil, errors.Join(failed...)
+	return race(ctx, len(addrs), func(ctx context.Context, i int) (wire.Session, error) {
+		return dialQUICAddr(ctx, addrs[i], conf)
+	}, func(late wire.Session) { late.Close("", "") })
 }
-
-const (
-	maxRace     = 4
-	raceStagger = 250 * time.Millisecond
-)
 
 func dialQUICAddr(ctx context.Context, addr netip.AddrPort, conf *tls.Config) (wire.Session, error) {
 	quietQUIC()
@@ -195,31 +186,18 @@ const (
 	silenceLimit = 4 * time.Second
 )
 
-func resolve(ctx context.Context, address string) ([]netip.AddrPort, error) {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, err
-	}
-	number, err := net.DefaultResolver.LookupPort(ctx, "udp", port)
-	if err != nil {
-		return nil, err
-	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-	if err != nil {
-		return nil, err
-	}
-	out := make([]netip.AddrPort, 0, len(ips))
-	for _, ip := range ips {
-		out = append(out, netip.AddrPortFrom(ip.Unmap(), uint16(number)))
-	}
-	return out, nil
-}
-
 // noProtocol is TLS's alert for ALPN without a common name (RFC 7301).
 const noProtocol = 120
 
 // classify puts one of the package's errors around what the libraries say.
 func classify(err error) error {
+	var proxied *proxyError
+	if errors.As(err, &proxied) {
+		return err // classified before it was wrapped
+	}
+	if errors.Is(err, ErrProxy) {
+		return fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
 	if errors.Is(err, ErrWrongPin) || errors.Is(err, ErrNotControlPlane) {
 		return plain(err)
 	}

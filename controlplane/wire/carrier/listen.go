@@ -29,7 +29,7 @@ type ListenConfig struct {
 	Logger   *slog.Logger
 
 	MaxConns         int           // over both transports each; 0: 20000
-	MaxHandshakes    int           // unfinished at once, TCP; 0: 1024
+	MaxHandshakes    int           // unfinished at once, TCP; 0: 1024. One source address may have half
 	HandshakeTimeout time.Duration // 0: 10 s
 }
 
@@ -44,6 +44,7 @@ type Listener struct {
 	tr    *quic.Transport
 	conf  *tls.Config
 	http  *httpListener
+	fresh *Sources // unfinished handshakes over TCP
 	found chan wire.Session
 
 	stop       context.CancelFunc
@@ -73,7 +74,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	if cfg.API.Certificate == nil {
 		cfg.API = cfg.Tunnel
 	}
-	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session)}
+	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	if err := l.bind(); err != nil {
 		l.stop()
@@ -237,19 +238,26 @@ func (l *Listener) acceptTCP() {
 			_ = raw.Close()
 			continue
 		}
+		done, ok := l.fresh.Take(raw.RemoteAddr())
+		if !ok {
+			l.handshakes.Add(-1)
+			_ = raw.Close()
+			continue
+		}
 		l.tcpConns.Add(1)
 		counted := &countedConn{Conn: raw, free: sync.OnceFunc(func() { l.tcpConns.Add(-1) })}
-		l.loops.Go(func() { l.greet(counted) })
+		l.loops.Go(func() { l.greet(counted, done) })
 	}
 }
 
 // greet does the handshake of one connection and sends it where it belongs.
-func (l *Listener) greet(raw *countedConn) {
+func (l *Listener) greet(raw *countedConn, done func()) {
 	conn := tls.Server(raw, l.conf)
 	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
 	err := conn.HandshakeContext(ctx)
 	cancel()
 	l.handshakes.Add(-1)
+	done()
 	if err != nil {
 		l.log.Debug("TLS handshake", "peer", raw.RemoteAddr(), "err", err)
 		_ = raw.Close()

@@ -83,6 +83,9 @@ func (s *quicSession) Close(code, reason string) {
 // Doubt implements wire.Doubter.
 func (s *quicSession) Doubt() <-chan struct{} { return s.doubt }
 
+// Heard implements wire.Pulse.
+func (s *quicSession) Heard() uint64 { return s.conn.ConnectionStats().PacketsReceived }
+
 func (s *quicSession) raiseDoubt() {
 	select {
 	case s.doubt <- struct{}{}:
