@@ -34,6 +34,9 @@ func (a *Agent) noticeSleep() {
 // wokeAfter moves on what counts how long something was tried.
 func (s *State) wokeAfter(d time.Duration) {
 	s.began += d
+	if s.away.up {
+		s.away.since += d // a session that slept was of no use
+	}
 	s.journal.since += d
 	for _, rt := range s.Runtimes {
 		rt.since += d
