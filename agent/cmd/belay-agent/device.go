@@ -148,9 +148,10 @@ func (d *device) keepFacts(ctx context.Context) error {
 	last := d.told()
 	d.setFacts(last)
 	close(d.ready)
-	// The first few changes are the start; from then on they are spaced, those
-	// of devices by themselves: a plugin's state does not wait for them.
-	spare, devices := 5, newSpacing(time.Now())
+	// A few changes are told at once, and again after a while of quiet; more are
+	// spaced, those of devices by themselves: a plugin's state does not wait for
+	// them.
+	few, devices := newAllowance(time.Now()), newSpacing(time.Now())
 	var at time.Time // when the next ones are told; zero: nothing is to be told
 	var timer <-chan time.Time
 	within := func(wait time.Duration) {
@@ -169,7 +170,7 @@ func (d *device) keepFacts(ctx context.Context) error {
 				continue
 			}
 			plugins = true
-			if spare--; spare >= 0 {
+			if few.take(time.Now()) {
 				within(factsSettle)
 			} else {
 				within(factsInterval)

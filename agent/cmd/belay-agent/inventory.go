@@ -79,6 +79,33 @@ func (d *device) leftOut(n int) {
 	d.untold.n = n
 }
 
+// allowance is how many changes of plugins are told at once: a plugin that was
+// relaunched is wanted, one that crashes in a loop is not worth the traffic.
+type allowance struct {
+	left int
+	at   time.Time // when left was right
+}
+
+// mostAtOnce is one replacement of every plugin, and more.
+const mostAtOnce = 8
+
+func newAllowance(now time.Time) *allowance { return &allowance{mostAtOnce, now} }
+
+// take uses up one, if there is one. They come back one each factsInterval.
+func (a *allowance) take(now time.Time) bool {
+	back := int(now.Sub(a.at) / factsInterval)
+	if a.left += back; a.left >= mostAtOnce {
+		a.left, a.at = mostAtOnce, now
+	} else {
+		a.at = a.at.Add(time.Duration(back) * factsInterval)
+	}
+	if a.left == 0 {
+		return false
+	}
+	a.left--
+	return true
+}
+
 // spacing is how long changes of devices wait until they are told: the first
 // not at all, then 3 s, and while they do not stop ever longer, up to a minute.
 type spacing struct {

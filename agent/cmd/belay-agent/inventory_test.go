@@ -64,3 +64,26 @@ func TestChangesOfDevicesAreSpaced(t *testing.T) {
 		t.Errorf("after a quiet while it waits %v", wait)
 	}
 }
+
+func TestAllowanceComesBack(t *testing.T) {
+	now := time.Unix(0, 0)
+	a := newAllowance(now)
+	taken := func() (n int) {
+		for a.take(now) {
+			n++
+		}
+		return n
+	}
+	if n := taken(); n != mostAtOnce {
+		t.Fatalf("%d at once", n)
+	}
+	if now = now.Add(factsInterval - 1); taken() != 0 {
+		t.Error("one came back early")
+	}
+	if now = now.Add(2); taken() != 1 {
+		t.Error("none came back")
+	}
+	if now = now.Add(time.Hour); taken() != mostAtOnce {
+		t.Error("not all came back")
+	}
+}
