@@ -105,6 +105,8 @@ type Demand struct {
 	Arch      string    `json:"arch,omitempty"` // as GOARCH; empty: any
 	// Devices are what the containers ask for that ask for any.
 	Devices []DeviceDemand `json:"devices,omitempty"`
+	// StopsAway: the agent must stop the task when it is away for too long.
+	StopsAway bool `json:"stopsAway,omitempty"`
 }
 
 // TaskDefinitionRecord is one registered revision, immutable but for Status.

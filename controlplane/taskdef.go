@@ -36,7 +36,15 @@ type TaskDefinition struct {
 
 // TaskExtension is the `belay` object of a task: what ECS has no field for.
 type TaskExtension struct {
-	Runtime string `json:"runtime,omitzero"` // name of a runtime plugin
+	Runtime    string      `json:"runtime,omitzero"` // name of a runtime plugin
+	Disconnect *Disconnect `json:"disconnect,omitzero"`
+}
+
+// Disconnect says what a task does when its device has lost the control plane.
+type Disconnect struct {
+	// StopAfter is how long its device may be away before the task stops, in
+	// seconds as ECS counts its timeouts; nil: for ever.
+	StopAfter *int `json:"stopAfter,omitzero"`
 }
 
 // ContainerExtension is the `belay` object of a container.

@@ -17,6 +17,11 @@ const (
 	maxMemoryMiB  = 16 << 20
 	maxTimeout    = 24 * 60 * 60 // seconds; on ECS the EC2 launch type names no limit
 
+	// Seconds. A link that fails and comes back within the least is not worth
+	// a stop, and not always noticed.
+	leastStopAfter = 10
+	mostStopAfter  = 365 * 24 * 60 * 60
+
 	// RuntimeDefault runs tasks that name no runtime.
 	RuntimeDefault = "containerd"
 	// RuntimeProcess runs programs of the device itself, without an image.
@@ -48,6 +53,9 @@ func (c *taskDefinitionCheck) check() {
 	}
 	if td.Belay != nil && td.Belay.Runtime != "" && !pluginPattern.MatchString(td.Belay.Runtime) {
 		c.problem("belay.runtime", "is %s; it must be the name of a runtime plugin: lower-case letters, digits and hyphens", quote(td.Belay.Runtime))
+	}
+	if td.Belay != nil && td.Belay.Disconnect != nil {
+		c.intRange("belay.disconnect.stopAfter", td.Belay.Disconnect.StopAfter, leastStopAfter, mostStopAfter)
 	}
 	c.oneOf("pidMode", td.PIDMode, "host", "task")
 	if td.PIDMode == "task" && td.RuntimeName() != RuntimeProcess {

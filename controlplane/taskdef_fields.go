@@ -60,7 +60,7 @@ const outputField = "is part of a described definition, set by the control plane
 
 // reservedNames will be fields of `belay` objects.
 var reservedNames = []string{
-	"disconnect", "placement", "identity", "secrets", "logging", "ingress", "update", "shell",
+	"placement", "identity", "secrets", "logging", "ingress", "update", "shell",
 }
 
 const sameAsParent = "as the object it is in"

@@ -30,6 +30,15 @@ func (td *TaskDefinition) Network() string {
 	return "bridge"
 }
 
+// stopAfter is how many seconds the task's device may be away before the task
+// stops; 0: it never stops for that.
+func (td *TaskDefinition) stopAfter() int {
+	if td.Belay == nil || td.Belay.Disconnect == nil {
+		return 0
+	}
+	return value(td.Belay.Disconnect.StopAfter)
+}
+
 // Architecture is what the task needs, as GOARCH; empty: any.
 func (td *TaskDefinition) Architecture() string {
 	if p := td.RuntimePlatform; p != nil {
@@ -122,6 +131,7 @@ func (td *TaskDefinition) Demand() Demand {
 			}
 		}
 	}
+	d.StopsAway = td.stopAfter() > 0
 	if td.CPU != 0 {
 		d.CPU = int(td.CPU)
 	}
@@ -143,6 +153,8 @@ func (td *TaskDefinition) Spec() *wire.TaskSpec {
 		Cpu:       uint64(td.CPU),
 		MemoryMib: uint64(td.Memory),
 		Platform:  &wire.Platform{Os: "linux", Architecture: td.Architecture()},
+
+		DisconnectStopAfterS: uint32(td.stopAfter()),
 	}
 	for _, v := range td.Volumes {
 		out := &wire.Volume{Name: v.Name}

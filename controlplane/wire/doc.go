@@ -66,6 +66,9 @@
 //     status. An agent without it would start the containers without devices,
 //     so it is sent no task with requests. However fast an inventory changes,
 //     it is the reason of one Facts in 3 s, and of ever fewer while it goes on.
+//   - disconnect: it stops a task whose spec has disconnect_stop_after_s once it
+//     has been without a registered session for so long. An agent without it
+//     would let the task run, so it is sent no such task.
 //
 // # Versions
 //
@@ -85,6 +88,10 @@ const Version = 1
 
 // CapabilityDevices is the one of agents that give devices to containers.
 const CapabilityDevices = "devices"
+
+// CapabilityDisconnect is the one of agents that stop tasks which must not
+// outlive their device's connection for long.
+const CapabilityDisconnect = "disconnect"
 
 // ALPN names.
 const (

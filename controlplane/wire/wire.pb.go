@@ -1734,8 +1734,11 @@ type TaskSpec struct {
 	Platform       *Platform              `protobuf:"bytes,13,opt,name=platform,proto3" json:"platform,omitempty"`
 	Tags           map[string]string      `protobuf:"bytes,14,rep,name=tags,proto3" json:"tags,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	RestartInPlace bool                   `protobuf:"varint,15,opt,name=restart_in_place,json=restartInPlace,proto3" json:"restart_in_place,omitempty"` // tasks of a service
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The task stops once its device has been without a registered session for
+	// so long; 0: it never stops for that.
+	DisconnectStopAfterS uint32 `protobuf:"varint,16,opt,name=disconnect_stop_after_s,json=disconnectStopAfterS,proto3" json:"disconnect_stop_after_s,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *TaskSpec) Reset() {
@@ -1871,6 +1874,13 @@ func (x *TaskSpec) GetRestartInPlace() bool {
 		return x.RestartInPlace
 	}
 	return false
+}
+
+func (x *TaskSpec) GetDisconnectStopAfterS() uint32 {
+	if x != nil {
+		return x.DisconnectStopAfterS
+	}
+	return 0
 }
 
 type Platform struct {
@@ -3953,7 +3963,7 @@ const file_wire_proto_rawDesc = "" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x12\n" +
 	"\x04full\x18\x02 \x01(\bR\x04full\"+\n" +
 	"\rAssignmentAck\x12\x1a\n" +
-	"\bsequence\x18\x01 \x01(\x04R\bsequence\"\xc3\x04\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\"\xfa\x04\n" +
 	"\bTaskSpec\x12\x16\n" +
 	"\x06family\x18\x01 \x01(\tR\x06family\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\rR\brevision\x12\x18\n" +
@@ -3973,7 +3983,8 @@ const file_wire_proto_rawDesc = "" +
 	"\avolumes\x18\f \x03(\v2\x15.belay.wire.v1.VolumeR\avolumes\x123\n" +
 	"\bplatform\x18\r \x01(\v2\x17.belay.wire.v1.PlatformR\bplatform\x125\n" +
 	"\x04tags\x18\x0e \x03(\v2!.belay.wire.v1.TaskSpec.TagsEntryR\x04tags\x12(\n" +
-	"\x10restart_in_place\x18\x0f \x01(\bR\x0erestartInPlace\x1a7\n" +
+	"\x10restart_in_place\x18\x0f \x01(\bR\x0erestartInPlace\x125\n" +
+	"\x17disconnect_stop_after_s\x18\x10 \x01(\rR\x14disconnectStopAfterS\x1a7\n" +
 	"\tTagsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\">\n" +

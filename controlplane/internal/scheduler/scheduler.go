@@ -122,6 +122,9 @@ func refuse(c *controlplane.Candidate, d controlplane.Demand) *controlplane.Plac
 	if len(taken) > 0 {
 		return no(controlplane.ReasonPorts, "the task needs host port %s, already taken there", strings.Join(taken, ", "))
 	}
+	if d.StopsAway && !slices.Contains(c.Capabilities, wire.CapabilityDisconnect) {
+		return no(controlplane.ReasonAttribute, "its agent is too old to stop the task when it is disconnected, as belay.disconnect asks: update it")
+	}
 	if len(d.Devices) > 0 {
 		if !slices.Contains(c.Capabilities, wire.CapabilityDevices) {
 			return no(deviceReason(d), "its agent is too old to give devices to containers: update it")

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/belay-edge/belay/controlplane"
+	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/controlplane/wire/query"
 )
 
@@ -188,5 +189,28 @@ func TestPlaceWithoutInstances(t *testing.T) {
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+// An agent that does not know belay.disconnect would let the task run for ever.
+func TestOldAgentsGetNoTaskThatStopsAway(t *testing.T) {
+	old := candidate("old", nil)
+	able := candidate("able", func(c *controlplane.Candidate) { c.Capabilities = []string{wire.CapabilityDisconnect} })
+	for _, d := range []struct {
+		stops bool
+		want  []string
+	}{{false, []string{"old"}}, {true, nil}} {
+		demand := controlplane.Demand{Runtime: "containerd", Network: "bridge", StopsAway: d.stops}
+		got, failures := Place(controlplane.Placement{Demand: demand, Count: 1, Candidates: []controlplane.Candidate{old}}, rand.New(rand.NewPCG(1, 2)))
+		if diff := cmp.Diff(d.want, got); diff != "" {
+			t.Errorf("stops away %t: (-want +got):\n%s", d.stops, diff)
+		}
+		if d.stops && (len(failures) != 1 || !strings.Contains(failures[0].Detail, "too old")) {
+			t.Errorf("failures %v", failures)
+		}
+		got, _ = Place(controlplane.Placement{Demand: demand, Count: 1, Candidates: []controlplane.Candidate{able}}, rand.New(rand.NewPCG(1, 2)))
+		if diff := cmp.Diff([]string{"able"}, got); diff != "" {
+			t.Errorf("stops away %t: (-want +got):\n%s", d.stops, diff)
+		}
 	}
 }
