@@ -148,10 +148,18 @@ func (a *Agent) Run(ctx context.Context) error {
 func (a *Agent) turn(ctx context.Context, under *sync.WaitGroup) {
 	a.absorb()
 	now := a.cfg.Clock.Now()
+	a.state.told(a.cfg.Clock.When(), now)
 	acts, wake, err := a.state.step(a.cfg.Journal, now)
 	a.logJournal(err)
+	halts := false
 	for _, act := range acts {
 		a.launch(ctx, under, act)
+		halts = halts || act.Verb == callHalt
+	}
+	if halts { // how long they may take runs on while the agent does not
+		if err := a.state.flush(a.cfg.Journal, now, false); err != nil {
+			a.logJournal(err)
+		}
 	}
 	for _, id := range a.state.unreported {
 		if f, ok := a.cfg.Uplink.(Forgetter); ok {
@@ -277,6 +285,7 @@ func (a *Agent) absorb() {
 	}
 	if in.up != nil && *in.up != a.up {
 		a.up = *in.up
+		s.connected(a.up, now)
 		a.cfg.Logger.Info("control plane", "connected", a.up)
 	}
 	for _, q := range in.asks {

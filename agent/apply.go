@@ -64,7 +64,7 @@ func (s *State) nextAttempt(t *Task, c *Container, number int, now time.Duration
 // clearRun forgets what the last run left on the container.
 func (c *Container) clearRun() {
 	c.Started, c.RuntimeID, c.PID, c.IP, c.Ports = false, "", 0, "", nil
-	c.ExitCode, c.Reason, c.RanFor, c.Rebooted = nil, "", 0, false
+	c.ExitCode, c.Reason, c.RanFor, c.Rebooted, c.HaltedAt = nil, "", 0, false, 0
 	c.health = probe{}
 }
 
@@ -132,6 +132,11 @@ func (s *State) begin(a action) job {
 		c.canceled = true
 	case callProbe:
 		c.health.busy = true
+	case callHalt:
+		c.busy, c.changed = a.Verb, s.tick
+		if c.HaltedAt == 0 {
+			c.HaltedAt = max(s.at, 1)
+		}
 	default:
 		c.busy, c.changed = a.Verb, s.tick
 	}
@@ -244,9 +249,13 @@ func (s *State) finishPull(t *Task, c *Container, r result, now time.Duration) {
 	if t.Stop != nil || sdk.KindOf(r.err) == sdk.Canceled && t.unwanted() {
 		return
 	}
+	if c.pullRetry.failures == 0 {
+		c.pullSince = s.onlineFor(now)
+	}
 	c.pullRetry.fail(now, s.jitter(), r.err)
-	// An internal error says nothing about the next try; three of them do.
-	internal := sdk.KindOf(r.err) == sdk.Internal && c.pullRetry.failures >= 3 && !t.inPlace()
+	// An internal error says nothing about the next try; three of them do,
+	// unless it may be the network's.
+	internal := sdk.KindOf(r.err) == sdk.Internal && c.pullRetry.failures >= 3 && !t.inPlace() && s.away.up
 	if definitive(r.err) || internal {
 		c.failure = "CannotPullContainerError: " + r.err.Error()
 	}
@@ -319,6 +328,9 @@ func (s *State) finishHalt(t *Task, c *Container, r result, now time.Duration) {
 		s.lost(t, c, now)
 		c.Removed = true
 	default:
+		if sdk.KindOf(r.err) != sdk.Deadline {
+			c.HaltedAt = 0 // nobody knows whether it was told
+		}
 		c.retry.fail(now, s.jitter(), r.err)
 		c.Phase = phaseUnknown
 		s.relist(r.Runtime, now)

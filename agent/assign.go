@@ -126,6 +126,7 @@ func (s *State) write(j Journal, now time.Duration, force bool) (wrote bool, err
 		}
 		t.unsaved(add)
 	}
+	s.unsavedAway(now, len(records) == 0, add)
 	if len(records) == 0 && len(forget) == 0 {
 		return false, nil
 	}
@@ -197,6 +198,7 @@ const maxRounds = 64
 // step decides and writes until nothing more follows, and returns the calls
 // to make and when to step again if nothing happens before.
 func (s *State) step(j Journal, now time.Duration) (calls []action, wake time.Duration, err error) {
+	s.at = now
 	for range maxRounds {
 		var acts []action
 		acts, wake = plan(s, now)

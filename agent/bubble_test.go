@@ -72,6 +72,7 @@ type fakeRuntime struct {
 	pull    func(context.Context, func(sdk.PullProgress)) error
 	start   func(sdk.StartRequest) error
 	exec    func() (sdk.ExecResult, error)
+	halt    func() // before a Stop
 	events  chan sdk.Attempt
 	started []sdk.StartRequest
 }
@@ -132,6 +133,9 @@ func (r *fakeRuntime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Contai
 }
 
 func (r *fakeRuntime) Stop(ctx context.Context, a sdk.Attempt, grace time.Duration) (sdk.Container, error) {
+	if r.halt != nil {
+		r.halt()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.note("stop %s/%d %v", a.Container, a.Number, grace)
@@ -233,6 +237,7 @@ func newBubble(t *testing.T, jitter float64, set ...func(*Config)) *bubble {
 		t.Fatal(err)
 	}
 	b.Agent = a
+	a.Connected(true)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- a.Run(ctx) }()

@@ -38,6 +38,8 @@ type simulation struct {
 	reboots  int
 	rebooted map[sdk.Attempt]bool // ran when the device rebooted
 	incarn   string
+
+	simLink
 }
 
 type pendingCall struct {
@@ -63,6 +65,7 @@ func newSimulation(t *rapid.T) *simulation {
 func (s *simulation) boot() {
 	s.state = newState(Limits{PullGiveUp: 5 * time.Minute, KeepStopped: time.Hour, KeepStoppedTasks: 3},
 		s.clock.boot, s.journal.saved(), s.clock.now, func() float64 { return 0.5 })
+	s.linkAtBoot()
 	s.state.runtime(defaultRuntime)
 	s.state.refound(s.devices.Inventory(), s.clock.now)
 	s.began, s.seq = s.clock.now, 0
@@ -76,7 +79,9 @@ func (s *simulation) boot() {
 
 // settle is one turn of the loop.
 func (s *simulation) settle() time.Duration {
+	s.state.told(s.clock.When(), s.clock.now)
 	calls, wake, _ := s.state.step(s.journal, s.clock.now)
+	s.checkLink()
 	for _, c := range calls {
 		j := s.state.begin(c)
 		if c.Verb != callCancel {
@@ -171,6 +176,7 @@ func (s *simulation) newTask() *wire.Assignment {
 	for _, c := range spec.Containers {
 		s.requests(c)
 	}
+	spec.DisconnectStopAfterS = rapid.SampledFrom([]uint32{0, 0, 30, 300}).Draw(s.t, "stop after")
 	a := &wire.Assignment{Sequence: uint64(n + 1), TaskId: id(n), Desired: "RUNNING", Spec: spec}
 	s.wanted[a.TaskId] = a
 	return a
@@ -260,6 +266,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 					delete(s.runtime.containers, a)
 				}
 			}
+			s.linkAtReboot()
 			s.clock.boot, s.clock.now, s.runtime.down = fmt.Sprintf("boot-%d", s.reboots), time.Second, false
 			s.pending = nil
 			s.boot()
@@ -317,6 +324,7 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 		"the health check turns":    func(*rapid.T) { s.runtime.healthy = !s.runtime.healthy },
 	}
 	maps.Copy(all, s.devicesHostile())
+	maps.Copy(all, s.linkHostile())
 	return all
 }
 
@@ -369,6 +377,7 @@ func (s *simulation) heal() {
 // calm ends the hostility and lets everything come to rest.
 func (s *simulation) calm() {
 	s.heal()
+	s.setLink(true)
 	s.ghosts = nil
 	for range 20 { // a link that works repeats its set until it is taken over
 		if s.state.assign(s.journal, s.incarn, true, s.all(), s.sequence, s.clock.now) == nil {
@@ -424,7 +433,7 @@ func (s *simulation) check() {
 			if said.GetStopCode() == CodeEssentialExited && !s.died(task) {
 				s.t.Fatalf("task %s stopped for an exit that never was: %v", task, said)
 			}
-			if want.GetDesired() == Running && want.GetSpec().GetRestartInPlace() {
+			if want.GetDesired() == Running && want.GetSpec().GetRestartInPlace() && said.GetStopCode() != CodeDisconnected {
 				s.t.Fatalf("task %s of a service gave up: %v", task, said)
 			}
 		case want == nil:

@@ -74,6 +74,9 @@ func plan(s *State, now time.Duration) ([]action, time.Duration) {
 			p.run(t)
 		}
 	}
+	if at := p.s.nextAway(); at != never {
+		p.due(at) // write is asked at every step
+	}
 	return p.acts, p.wake
 }
 
@@ -145,6 +148,10 @@ func (p *planner) run(t *Task) {
 		p.end(t, CodeUserInitiated, t.Desired.Reason)
 		return
 	}
+	if p.abandoned(t) {
+		p.end(t, CodeDisconnected, reasonDisconnected(t))
+		return
+	}
 	rt := p.s.runtime(t.runtimeName())
 	if code, reason := p.verdict(t, rt); code != "" {
 		p.end(t, code, reason)
@@ -209,7 +216,7 @@ func (p *planner) verdict(t *Task, rt *runtimeState) (code, reason string) {
 		if c.failure != "" {
 			return CodeFailedToStart, c.failure
 		}
-		if p.gaveUp(t, c.pullRetry) {
+		if p.gaveUpPulling(t, c) {
 			return CodeFailedToStart, "CannotPullContainerError: " + c.pullRetry.err
 		}
 		if c.Phase == phaseRecorded && p.gaveUp(t, c.retry) {
@@ -338,7 +345,7 @@ func (p *planner) container(t *Task, rt *runtimeState, c *Container) {
 	case phaseRunning:
 		if c.health.status == HealthUnhealthy && c.Spec.GetEssential() && t.inPlace() {
 			if p.due(c.retry.at) {
-				a.Verb, a.Grace = callHalt, c.grace()
+				a.Verb, a.Grace = callHalt, c.graceLeft(p.s.BootID, p.now)
 				p.do(a)
 			}
 			return
@@ -405,7 +412,7 @@ func (p *planner) stop(t *Task) {
 		}
 		idle = false
 		if c.Phase == phaseRunning && c.busy == "" && rt.known && t.released(c) && p.due(c.retry.at) {
-			p.do(action{Verb: callHalt, Runtime: rt.name, Attempt: t.attempt(c), Grace: c.grace()})
+			p.do(action{Verb: callHalt, Runtime: rt.name, Attempt: t.attempt(c), Grace: c.graceLeft(p.s.BootID, p.now)})
 		}
 	}
 	if !idle {

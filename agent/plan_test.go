@@ -15,6 +15,7 @@ import (
 func stateOf(spec *wire.TaskSpec, change func(*State, *Task)) *State {
 	s := newState(Limits{PullGiveUp: 5 * time.Minute, KeepStopped: time.Hour, KeepStoppedTasks: 100},
 		"boot", Saved{}, 0, func() float64 { return 0.5 })
+	s.connected(true, 0)
 	t := newTask(&wire.Assignment{TaskId: "t", Spec: spec})
 	s.add(t)
 	rt := s.runtime(defaultRuntime)

@@ -75,6 +75,9 @@ type Record struct {
 	Status  *StatusRecord  `json:"status,omitempty"`
 	// Origin is the incarnation in which the control plane last named the task.
 	Origin string `json:"origin,omitempty"`
+	// Away and Unused are the device's, not a task's.
+	Away   *Away   `json:"away,omitempty"`
+	Unused *Unused `json:"unused,omitempty"`
 }
 
 // Applied is the last assignment set that was taken over whole.
@@ -116,6 +119,8 @@ type AttemptRecord struct {
 	RanFor   time.Duration `json:"ranFor,omitempty"`
 	Rebooted bool          `json:"rebooted,omitempty"` // ended by a reboot, not by itself
 	Removed  bool          `json:"removed,omitempty"`  // proven gone from the runtime
+	// HaltedAt is when it was told to stop, since boot BootID; 0: it was not.
+	HaltedAt time.Duration `json:"haltedAt,omitempty"`
 }
 
 // DeviceRef names a device of a plugin.
@@ -135,6 +140,8 @@ type StatusRecord struct {
 // Saved is what a Journal held when it was opened.
 type Saved struct {
 	Applied Applied
+	Away    *Away   // nil: none on record
+	Unused  *Unused // the same
 	Tasks   []SavedTask
 	// Problems are damaged records that were set aside, one sentence each.
 	Problems []string

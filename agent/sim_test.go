@@ -330,6 +330,12 @@ func (j *simJournal) saved() Saved {
 		if r.Applied != nil {
 			s.Applied = *r.Applied
 		}
+		if r.Away != nil {
+			s.Away = r.Away
+		}
+		if r.Unused != nil {
+			s.Unused = r.Unused
+		}
 		t := tasks[r.Task]
 		if t == nil {
 			continue

@@ -32,13 +32,17 @@ type State struct {
 	journal      retry // of writing: failures > 0 means it does not work
 	unreported   []string
 
+	away absence       // how long without a session
+	at   time.Duration // of the latest step
+
 	devices []PluginDevices // the latest inventory
 	began   time.Duration   // this life of the agent
 }
 
 // Limits are the agent's own bounds.
 type Limits struct {
-	// PullGiveUp ends the retries of a task that is not of a service.
+	// PullGiveUp ends the retries of a task that is not of a service; of pulls,
+	// only time with a session counts.
 	PullGiveUp time.Duration
 	// KeepStopped is how long a stopped task's output stays readable.
 	KeepStopped time.Duration
@@ -89,6 +93,7 @@ func newState(l Limits, bootID string, saved Saved, now time.Duration, jitter fu
 	s := &State{
 		Limits: l, BootID: bootID, Applied: saved.Applied, savedApplied: saved.Applied,
 		Runtimes: map[string]*runtimeState{}, Problems: saved.Problems,
+		away:  loadAbsence(saved.Away, bootID, now),
 		began: now, trusted: len(saved.Problems) == 0, resync: len(saved.Problems) > 0, jitter: jitter,
 	}
 	for _, st := range saved.Tasks {
@@ -123,7 +128,7 @@ func (s *State) load(saved SavedTask, now time.Duration) {
 		c.Devices = r.Devices
 		c.StartedAt, c.Started, c.RuntimeID = r.StartedAt, r.Started, r.RuntimeID
 		c.ExitCode, c.Reason, c.RanFor = r.ExitCode, r.Reason, r.RanFor
-		c.Rebooted, c.Removed = r.Rebooted, r.Removed
+		c.Rebooted, c.Removed, c.HaltedAt = r.Rebooted, r.Removed, r.HaltedAt
 		c.Phase = phaseUnknown
 		if r.Exited {
 			c.Phase = phaseExited

@@ -18,6 +18,8 @@ const (
 	CodeEssentialExited = "EssentialContainerExited"
 	CodeUserInitiated   = "UserInitiated"
 	CodeFailedToStart   = "TaskFailedToStart"
+	// CodeDisconnected is not ECS's: disconnect.stopAfter has passed.
+	CodeDisconnected = "DeviceDisconnected"
 )
 
 // Health of a container or a task.

@@ -91,11 +91,13 @@ type Container struct {
 	RanFor    time.Duration
 	Rebooted  bool
 	Removed   bool
+	HaltedAt  time.Duration // when it was told to stop; 0: it was not
 
 	busy      verb   // the call about the attempt under way
 	changed   uint64 // tick of the last such call's begin or end
 	retry     retry  // of the attempt's calls
 	pullRetry retry
+	pullSince time.Duration // how long there had been a session at the first failure
 	conflicts int           // chosen ports that were taken
 	failure   string        // definitive: the task cannot start
 	crashes   int           // short runs in a row
@@ -200,6 +202,20 @@ func (c *Container) gone() bool {
 
 func (c *Container) grace() time.Duration { return seconds(c.Spec.GetStopTimeoutS(), 30) }
 
+// leastGrace is what one gets whose grace ran out while the agent was away:
+// its signal may have been lost.
+const leastGrace = 2 * time.Second
+
+// graceLeft is how long the container may still take to end. The time it was
+// granted runs on while the agent is restarted.
+func (c *Container) graceLeft(boot string, now time.Duration) time.Duration {
+	grace := c.grace()
+	if c.HaltedAt == 0 || c.BootID != boot {
+		return grace
+	}
+	return min(grace, max(leastGrace, c.HaltedAt+grace-now))
+}
+
 // record is what must be on disk about the current attempt.
 func (c *Container) record() AttemptRecord {
 	return AttemptRecord{
@@ -207,7 +223,7 @@ func (c *Container) record() AttemptRecord {
 		Image: c.Image, Digest: c.Digest, HostPorts: c.HostPorts, Devices: c.Devices,
 		StartedAt: c.StartedAt, Started: c.Started, RuntimeID: c.RuntimeID,
 		Exited: c.Phase == phaseExited, ExitCode: c.ExitCode, Reason: c.Reason,
-		RanFor: c.RanFor, Rebooted: c.Rebooted, Removed: c.Removed,
+		RanFor: c.RanFor, Rebooted: c.Rebooted, Removed: c.Removed, HaltedAt: c.HaltedAt,
 	}
 }
 
@@ -230,7 +246,7 @@ func sameAttempt(a, b AttemptRecord) bool {
 		a.Container == b.Container && a.Number == b.Number && a.BootID == b.BootID &&
 		a.Image == b.Image && a.Digest == b.Digest && a.StartedAt == b.StartedAt &&
 		a.Started == b.Started && a.RuntimeID == b.RuntimeID && a.Exited == b.Exited &&
-		a.Reason == b.Reason && a.RanFor == b.RanFor && a.Rebooted == b.Rebooted && a.Removed == b.Removed
+		a.Reason == b.Reason && a.RanFor == b.RanFor && a.Rebooted == b.Rebooted && a.Removed == b.Removed && a.HaltedAt == b.HaltedAt
 }
 
 // statusRecord is what must be on disk about the task. PENDING is where every

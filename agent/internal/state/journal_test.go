@@ -57,6 +57,8 @@ func script() []op {
 		records(agent.Record{Task: "a", Origin: "one"}, agent.Record{Applied: &agent.Applied{Incarnation: "one", Sequence: 1}}),
 		records(agent.Record{Task: "a", Attempt: &agent.AttemptRecord{Container: "main", Number: 1, BootID: "b", HostPorts: []int{8080},
 			Devices: []agent.DeviceRef{{Plugin: "nvidia", ID: "GPU-1"}}}}),
+		records(agent.Record{Away: &agent.Away{BootID: "b", At: 9, For: 7, WallUnixNs: 5}},
+			agent.Record{Unused: &agent.Unused{Images: []agent.UnusedImage{{Runtime: "containerd", Digest: "sha256:1", For: 3}}}}),
 		save("b"),
 		records(agent.Record{Task: "b", Origin: "one"}, agent.Record{Applied: &agent.Applied{Incarnation: "one", Sequence: 2}},
 			agent.Record{Task: "a", Status: &agent.StatusRecord{LastStatus: "RUNNING"}}),

@@ -16,6 +16,8 @@ import (
 // live is what the log and the assignments add up to.
 type live struct {
 	applied *agent.Applied
+	away    *agent.Away
+	unused  *agent.Unused
 	tasks   map[string]*liveTask
 }
 
@@ -41,6 +43,10 @@ func (l *live) apply(e entry) {
 	case e.Applied != nil:
 		a := *e.Applied
 		l.applied = &a
+	case e.Away != nil:
+		l.away = e.Away
+	case e.Unused != nil:
+		l.unused = e.Unused
 	case e.Task == "":
 	case e.Forget:
 		delete(l.tasks, e.Task)
@@ -64,6 +70,12 @@ func (l *live) entries() []entry {
 	add := func(r agent.Record) { out = append(out, entry{Record: r}) }
 	if l.applied != nil {
 		add(agent.Record{Applied: l.applied})
+	}
+	if l.away != nil && l.away.For > 0 {
+		add(agent.Record{Away: l.away})
+	}
+	if l.unused != nil && len(l.unused.Images) > 0 {
+		add(agent.Record{Unused: l.unused})
 	}
 	for _, id := range slices.Sorted(maps.Keys(l.tasks)) {
 		t := l.tasks[id]
@@ -89,6 +101,7 @@ func (l *live) saved() agent.Saved {
 	if l.applied != nil {
 		s.Applied = *l.applied
 	}
+	s.Away, s.Unused = l.away, l.unused
 	for _, id := range slices.Sorted(maps.Keys(l.tasks)) {
 		t := l.tasks[id]
 		st := agent.SavedTask{Assignment: t.assignment, Origin: t.origin, Desired: t.desired, Status: t.status}
