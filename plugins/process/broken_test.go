@@ -62,6 +62,9 @@ var brokenRuntimes = map[string]string{
 	"rt-exec-head":            "exec",
 	"rt-no-pids":              "stats",
 	"rt-pulls-anything":       "images",
+	"rt-hides-images":         "images that were pulled are listed, with their disk",
+	"rt-removes-used-images":  "an image in use is not removed",
+	"rt-keeps-images":         "a removed image is gone until it is pulled again",
 	"rt-shares-ports":         "host ports conflict",
 	"rt-renames-adopted":      "plugin killed while a container runs",
 	"rt-loses-exits":          "plugin killed, container exits meanwhile",
@@ -181,6 +184,7 @@ func (f *flawed) PrepareTask(ctx context.Context, t sdk.TaskSpec) error {
 
 func (f *flawed) Pull(_ context.Context, r sdk.PullRequest, _ func(sdk.PullProgress)) (sdk.Image, error) {
 	name, _, _ := strings.Cut(fakeImage, ":")
+	defer os.Remove(f.removed())
 	switch {
 	case strings.Contains(r.Image, " "):
 		return sdk.Image{}, sdk.Errorf(sdk.Invalid, "pull", "no reference")
@@ -188,6 +192,49 @@ func (f *flawed) Pull(_ context.Context, r sdk.PullRequest, _ func(sdk.PullProgr
 		return sdk.Image{}, sdk.Errorf(sdk.NotFound, "pull", "no such image")
 	}
 	return sdk.Image{Reference: fakeImage, Digest: fakeDigest, Bytes: 1}, nil
+}
+
+// removed is a file that is there while the image is not.
+func (f *flawed) removed() string { return filepath.Join(f.state, "test-image-removed") }
+
+func (f *flawed) imageGone() bool {
+	_, err := os.Stat(f.removed())
+	return err == nil
+}
+
+func (f *flawed) Images(ctx context.Context) (sdk.ImageInventory, error) {
+	inv := sdk.ImageInventory{Disk: sdk.Disk{TotalBytes: 100, FreeBytes: 50}}
+	if f.mode == "rt-hides-images" {
+		inv.Disk = sdk.Disk{}
+	}
+	used, err := f.imageUsed(ctx)
+	if f.imageGone() {
+		return inv, err
+	}
+	name, _, _ := strings.Cut(fakeImage, ":")
+	inv.Images = []sdk.StoredImage{{Digest: fakeDigest, References: []string{name + "@" + fakeDigest}, Bytes: 1, InUse: used}}
+	return inv, err
+}
+
+func (f *flawed) imageUsed(ctx context.Context) (bool, error) {
+	inv, err := f.Runtime.List(ctx)
+	return len(inv.Containers) > 0, err
+}
+
+func (f *flawed) RemoveImage(ctx context.Context, digest string) error {
+	if digest != fakeDigest {
+		return nil
+	}
+	used, err := f.imageUsed(ctx)
+	switch {
+	case err != nil:
+		return err
+	case used && f.mode != "rt-removes-used-images":
+		return sdk.Errorf(sdk.Conflict, "remove image", "a container uses it")
+	case used, f.mode == "rt-keeps-images":
+		return nil
+	}
+	return os.WriteFile(f.removed(), nil, 0o600)
 }
 
 // mark is a file that is there while a call for an attempt goes on. held tells
@@ -214,6 +261,9 @@ func (f *flawed) Start(ctx context.Context, r sdk.StartRequest) (sdk.Container, 
 	defer func() { f.mu.Lock(); f.starting--; f.mu.Unlock() }()
 	done, held := f.mark("start", r.Attempt)
 	defer done()
+	if !again && f.imageGone() {
+		return sdk.Container{}, sdk.Errorf(sdk.NotFound, op, "the image is not here")
+	}
 	switch f.mode {
 	case "rt-refuses-half-started":
 		if held {

@@ -13,6 +13,9 @@ const (
 	MaxPorts       = 1024     // of a container
 	MaxReason      = 2 << 10  // bytes of a reason or of an error; more is cut off
 	MaxEdits       = 64 << 10 // bytes of Edits, all text together
+	MaxImages      = 2048     // of an ImageInventory
+	MaxReferences  = 64       // of an image
+	MaxReference   = 4 << 10  // bytes of one
 )
 
 // CheckRuntimeInfo says what of a runtime's Info breaks the contract; an error
@@ -84,6 +87,36 @@ func CheckContainer(c Container) error {
 	for _, p := range c.Ports {
 		if len(p.Name) > MaxRuntimeText || len(p.Protocol) > MaxRuntimeText || len(p.HostIP) > MaxRuntimeText {
 			return broken("%s has the port %.40q of more than %d bytes", a, p.Name, MaxRuntimeText)
+		}
+	}
+	return nil
+}
+
+// CheckImages says what of an image store's list breaks the contract; an error
+// of kind Internal.
+func CheckImages(i ImageInventory) error {
+	broken := func(format string, args ...any) error { return breach("images", format, args...) }
+	switch {
+	case len(i.Images) > MaxImages:
+		return broken("there are %d images, at most %d are allowed", len(i.Images), MaxImages)
+	case i.Disk.FreeBytes > i.Disk.TotalBytes:
+		return broken("of %d bytes of disk %d are free", i.Disk.TotalBytes, i.Disk.FreeBytes)
+	}
+	seen := make(map[string]bool, len(i.Images))
+	for _, img := range i.Images {
+		switch {
+		case img.Digest == "" || len(img.Digest) > MaxRuntimeText:
+			return broken("digest %.40q has %d bytes, want 1 to %d", img.Digest, len(img.Digest), MaxRuntimeText)
+		case seen[img.Digest]:
+			return broken("%.100s is there twice", img.Digest)
+		case len(img.References) > MaxReferences:
+			return broken("%.100s has %d references, at most %d are allowed", img.Digest, len(img.References), MaxReferences)
+		}
+		seen[img.Digest] = true
+		for _, r := range img.References {
+			if r == "" || len(r) > MaxReference {
+				return broken("reference %.40q has %d bytes, want 1 to %d", r, len(r), MaxReference)
+			}
 		}
 	}
 	return nil

@@ -77,6 +77,44 @@ type Runtime interface {
 	Exec(ctx context.Context, r ExecRequest) (ExecResult, error)
 }
 
+// ImageStore is what a Runtime with images may implement beside: the agent
+// then removes what it pulled and no longer needs, by age and when the disk
+// fills. Without it images stay for ever. Since version 2; package serve tells
+// the host of it.
+type ImageStore interface {
+	// Images lists the images that Pull made, of this agent and no other:
+	// what somebody else put there is not in it. It must fail (Unavailable)
+	// rather than leave something out.
+	Images(ctx context.Context) (ImageInventory, error)
+
+	// RemoveImage removes the image of that digest under every reference Pull
+	// kept it by, and what of it no other image needs. When it returns, the
+	// space is free or soon will be. Never called at the same time as a Pull.
+	// An image that is not there, or is not in Images, is no error and is left
+	// alone. Errors: Conflict when a container uses it, whoever's that is.
+	RemoveImage(ctx context.Context, digest string) error
+}
+
+// ImageInventory is everything of an ImageStore.
+type ImageInventory struct {
+	Images []StoredImage
+	Disk   Disk
+}
+
+// StoredImage is an image on this device.
+type StoredImage struct {
+	Digest     string   // as Pull returned it
+	References []string // what Pull kept it by, "REPOSITORY@DIGEST"; tags are not needed
+	Bytes      uint64   // on disk, about: what is shared counts for each; 0: unknown
+	InUse      bool     // RemoveImage would refuse it
+}
+
+// Disk is the file system that images are on.
+type Disk struct {
+	TotalBytes uint64 // 0: unknown
+	FreeBytes  uint64 // for others than root, as df counts
+}
+
 // RuntimeInfo is what a runtime can do on this device.
 type RuntimeInfo struct {
 	Version    string            // of the daemon behind it, or of the plugin

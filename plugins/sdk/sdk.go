@@ -19,7 +19,8 @@ import (
 //
 //   - 1: the foundation, runtimes only.
 //   - 2 (2026-11): kind device; containers take CDI devices, hooks and
-//     additional groups; a plugin describes its configuration.
+//     additional groups; a plugin describes its configuration. Runtimes may
+//     be image stores: they say so in what they can do.
 const (
 	ProtocolVersion       = 2
 	OldestProtocolVersion = 1

@@ -13,7 +13,10 @@ import (
 // runtime is an sdk.Runtime that goes to whatever process the plugin has now.
 type runtime struct{ p *plugin }
 
-var _ sdk.Runtime = runtime{}
+var (
+	_ sdk.Runtime    = runtime{}
+	_ sdk.ImageStore = runtime{} // answers Unsupported when the plugin is none
+)
 
 func (r runtime) now() (sdk.Runtime, error) {
 	r.p.mu.Lock()
@@ -174,4 +177,30 @@ func (r runtime) Exec(ctx context.Context, q sdk.ExecRequest) (sdk.ExecResult, e
 	}
 	defer done()
 	return rt.Exec(ctx, q)
+}
+
+// Images implements sdk.ImageStore.
+func (r runtime) Images(ctx context.Context) (sdk.ImageInventory, error) {
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
+	if err != nil {
+		return sdk.ImageInventory{}, err
+	}
+	defer done()
+	if store, ok := rt.(sdk.ImageStore); ok {
+		return store.Images(ctx)
+	}
+	return sdk.ImageInventory{}, sdk.Errorf(sdk.Unsupported, "list images of "+r.p.name, "it is no image store")
+}
+
+// RemoveImage implements sdk.ImageStore.
+func (r runtime) RemoveImage(ctx context.Context, digest string) error {
+	done, rt, _, err := r.p.enter(ctx, "runtime", sdk.KindRuntime)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if store, ok := rt.(sdk.ImageStore); ok {
+		return store.RemoveImage(ctx, digest)
+	}
+	return sdk.Errorf(sdk.Unsupported, "remove an image of "+r.p.name, "it is no image store")
 }

@@ -73,6 +73,7 @@ type Plugin struct {
 	version      int // of the protocol
 	options      []sdk.Option
 	optionsKnown bool
+	abilities    []string
 
 	opts   Options
 	proc   *process

@@ -286,6 +286,7 @@ func (p *Plugin) describe(ctx context.Context) error {
 	m, err := pluginv2.NewPluginClient(p.conn).Describe(ctx, &pluginpb.DescribeRequest{})
 	d := bridge.FromDescription(m)
 	p.info, p.optionsKnown, p.options = d.Info, d.OptionsKnown, d.Options
+	p.abilities = d.Abilities
 	return err
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -23,6 +24,12 @@ type runtimeClient struct {
 	start func(context.Context, sdk.StartRequest) (*pluginpb.StartResponse, error)
 }
 
+// imageStoreClient is the same of one that describes itself as an image store.
+type imageStoreClient struct {
+	*runtimeClient
+	rpc pluginv2.RuntimeClient
+}
+
 // runtimeRPC are the calls that every version of the protocol carries alike.
 type runtimeRPC interface {
 	Info(context.Context, *pluginpb.InfoRequest, ...grpc.CallOption) (*pluginpb.InfoResponse, error)
@@ -37,7 +44,7 @@ type runtimeRPC interface {
 	Exec(context.Context, *pluginpb.ExecRequest, ...grpc.CallOption) (*pluginpb.ExecResponse, error)
 }
 
-func newRuntimeClient(p *Plugin) *runtimeClient {
+func newRuntimeClient(p *Plugin) sdk.Runtime {
 	if p.version == 1 {
 		v1 := pluginpb.NewRuntimeClient(p.conn)
 		return &runtimeClient{p: p, rpc: v1, start: func(ctx context.Context, r sdk.StartRequest) (*pluginpb.StartResponse, error) {
@@ -49,12 +56,19 @@ func newRuntimeClient(p *Plugin) *runtimeClient {
 		}}
 	}
 	v2 := pluginv2.NewRuntimeClient(p.conn)
-	return &runtimeClient{p: p, rpc: v2, start: func(ctx context.Context, r sdk.StartRequest) (*pluginpb.StartResponse, error) {
+	c := &runtimeClient{p: p, rpc: v2, start: func(ctx context.Context, r sdk.StartRequest) (*pluginpb.StartResponse, error) {
 		return v2.Start(ctx, bridge.ToStart(r))
 	}}
+	if slices.Contains(p.abilities, bridge.AbilityImages) {
+		return imageStoreClient{c, v2}
+	}
+	return c
 }
 
-var _ sdk.Runtime = (*runtimeClient)(nil)
+var (
+	_ sdk.Runtime    = (*runtimeClient)(nil)
+	_ sdk.ImageStore = imageStoreClient{}
+)
 
 func (c *runtimeClient) op(what string) string { return what + " (plugin " + c.p.info.Name + ")" }
 
@@ -243,4 +257,27 @@ func (c *runtimeClient) Exec(ctx context.Context, r sdk.ExecRequest) (sdk.ExecRe
 		result.Output = bytes.Clone(result.Output[len(result.Output)-most:]) // or all of it would be held
 	}
 	return result, nil
+}
+
+// Images implements sdk.ImageStore.
+func (c imageStoreClient) Images(ctx context.Context) (sdk.ImageInventory, error) {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	r, err := c.rpc.Images(cctx, &pluginv2.ImagesRequest{})
+	if err != nil {
+		return sdk.ImageInventory{}, c.p.explain(ctx, c.op("list images"), err)
+	}
+	inv := bridge.FromImages(r)
+	if err := sdk.CheckImages(inv); err != nil {
+		return sdk.ImageInventory{}, c.nonsense("list images", err)
+	}
+	return inv, nil
+}
+
+// RemoveImage implements sdk.ImageStore.
+func (c imageStoreClient) RemoveImage(ctx context.Context, digest string) error {
+	cctx, done := c.p.call(ctx)
+	defer done()
+	_, err := c.rpc.RemoveImage(cctx, &pluginv2.RemoveImageRequest{Digest: digest})
+	return c.p.explain(ctx, c.op("remove image "+digest), err)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,6 +24,8 @@ type Memory struct {
 	fail       func(op string) error
 	started    map[sdk.Attempt]int
 	nextPID    int
+	images     map[string][]string // references, by digest
+	disk       sdk.Disk
 }
 
 type memoryContainer struct {
@@ -41,10 +44,15 @@ func NewMemory() *Memory {
 		watchers:   map[chan sdk.Attempt]bool{},
 		started:    map[sdk.Attempt]int{},
 		nextPID:    1000,
+		images:     map[string][]string{},
+		disk:       sdk.Disk{TotalBytes: 1 << 40, FreeBytes: 1 << 39},
 	}
 }
 
-var _ sdk.Runtime = (*Memory)(nil)
+var (
+	_ sdk.Runtime    = (*Memory)(nil)
+	_ sdk.ImageStore = (*Memory)(nil)
+)
 
 // FailWith makes every call ask f first, with the method's name in lower case;
 // an error is what the call returns. nil: none fails.
@@ -153,7 +161,59 @@ func (m *Memory) Pull(ctx context.Context, r sdk.PullRequest, progress func(sdk.
 		progress(sdk.PullProgress{Layers: 1, Bytes: 100})
 		progress(sdk.PullProgress{Layers: 1, LayersDone: 1, Bytes: 100, BytesDone: 100})
 	}
-	return sdk.Image{Reference: r.Image, Digest: "sha256:" + fmt.Sprintf("%064x", len(r.Image)), Bytes: 100}, nil
+	digest := "sha256:" + fmt.Sprintf("%064x", len(r.Image))
+	name, _, _ := strings.Cut(r.Image, "@")
+	if i := strings.LastIndexByte(name, ':'); i > strings.LastIndexByte(name, '/') {
+		name = name[:i]
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if ref := name + "@" + digest; !slices.Contains(m.images[digest], ref) {
+		m.images[digest] = append(m.images[digest], ref)
+	}
+	return sdk.Image{Reference: r.Image, Digest: digest, Bytes: 100}, nil
+}
+
+// Images implements sdk.ImageStore.
+func (m *Memory) Images(ctx context.Context) (sdk.ImageInventory, error) {
+	if err := m.enter(ctx, "images"); err != nil {
+		return sdk.ImageInventory{}, err
+	}
+	defer m.mu.Unlock()
+	inv := sdk.ImageInventory{Disk: m.disk}
+	for _, digest := range slices.Sorted(maps.Keys(m.images)) {
+		inv.Images = append(inv.Images, sdk.StoredImage{Digest: digest, References: slices.Clone(m.images[digest]), Bytes: 100, InUse: m.inUse(digest)})
+	}
+	return inv, nil
+}
+
+func (m *Memory) inUse(digest string) bool {
+	for _, c := range m.containers {
+		if c.ImageDigest == digest {
+			return true
+		}
+	}
+	return false
+}
+
+// RemoveImage implements sdk.ImageStore.
+func (m *Memory) RemoveImage(ctx context.Context, digest string) error {
+	if err := m.enter(ctx, "removeimage"); err != nil {
+		return err
+	}
+	defer m.mu.Unlock()
+	if m.inUse(digest) {
+		return sdk.Errorf(sdk.Conflict, "remove image "+digest, "a container uses it")
+	}
+	delete(m.images, digest)
+	return nil
+}
+
+// SetDisk says what Images tells of the disk.
+func (m *Memory) SetDisk(d sdk.Disk) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.disk = d
 }
 
 // Start implements sdk.Runtime.

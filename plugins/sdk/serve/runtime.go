@@ -27,6 +27,33 @@ func (s *runtimeServer) Start(ctx context.Context, r *pluginv2.StartRequest) (*p
 	return s.start(ctx, bridge.FromStart(r))
 }
 
+func (s *runtimeServer) store(what string) (sdk.ImageStore, error) {
+	if store, ok := s.runtime.(sdk.ImageStore); ok {
+		return store, nil
+	}
+	return nil, sdk.Errorf(sdk.Unsupported, what, "this runtime is no image store")
+}
+
+func (s *runtimeServer) Images(ctx context.Context, _ *pluginv2.ImagesRequest) (*pluginv2.ImagesResponse, error) {
+	store, err := s.store("list images")
+	if err != nil {
+		return nil, err
+	}
+	i, err := store.Images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return bridge.ToImages(i), nil
+}
+
+func (s *runtimeServer) RemoveImage(ctx context.Context, r *pluginv2.RemoveImageRequest) (*pluginv2.RemoveImageResponse, error) {
+	store, err := s.store("remove an image")
+	if err != nil {
+		return nil, err
+	}
+	return &pluginv2.RemoveImageResponse{}, store.RemoveImage(ctx, r.GetDigest())
+}
+
 // runtimeServerV1 serves version 1.
 type runtimeServerV1 struct {
 	pluginpb.UnsafeRuntimeServer

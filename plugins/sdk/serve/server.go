@@ -32,10 +32,11 @@ type server struct {
 	grpc *grpc.Server
 	done context.Context // ends every call
 
-	plugin sdk.Plugin
-	mu     sync.Mutex
-	state  configState
-	lock   *os.File // held for the life of the process
+	plugin    sdk.Plugin
+	abilities []string // beyond what its kinds ask for
+	mu        sync.Mutex
+	state     configState
+	lock      *os.File // held for the life of the process
 }
 
 type configState int
@@ -65,6 +66,9 @@ func newServer(done context.Context, stop func(), p sdk.Plugin) *server {
 	pluginv2.RegisterPluginServer(s.grpc, s)
 	if r, ok := p.(sdk.RuntimePlugin); ok {
 		calls := runtimeCalls{r.Runtime()}
+		if _, ok := calls.runtime.(sdk.ImageStore); ok {
+			s.abilities = append(s.abilities, bridge.AbilityImages)
+		}
 		pluginpb.RegisterRuntimeServer(s.grpc, &runtimeServerV1{runtimeCalls: calls})
 		pluginv2.RegisterRuntimeServer(s.grpc, &runtimeServer{runtimeCalls: calls})
 	}
@@ -164,7 +168,7 @@ func (s *server) ready(method string) error {
 
 // Describe implements pluginv2.PluginServer.
 func (s *server) Describe(context.Context, *pluginpb.DescribeRequest) (*pluginv2.DescribeResponse, error) {
-	d := bridge.Description{Info: s.plugin.Info()}
+	d := bridge.Description{Info: s.plugin.Info(), Abilities: s.abilities}
 	if c, ok := s.plugin.(sdk.Configurable); ok {
 		d.OptionsKnown, d.Options = true, c.Options()
 	}

@@ -75,6 +75,7 @@ func TestEveryTypeRoundTrips(t *testing.T) {
 	roundTrip(t, ToPull, FromPull)
 	roundTrip(t, ToProgress, FromProgress)
 	roundTrip(t, ToImage, FromImage)
+	roundTrip(t, ToImages, FromImages)
 	roundTrip(t, ToStart, FromStart)
 	roundTrip(t, ToInventoryOfDevices, FromInventoryOfDevices)
 	roundTrip(t, ToEdits, FromEdits)

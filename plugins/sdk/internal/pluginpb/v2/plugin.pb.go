@@ -37,8 +37,11 @@ type DescribeResponse struct {
 	Kinds   []string               `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
 	// What the configuration may hold. Without options_known anything may be
 	// there and only the plugin checks it.
-	OptionsKnown  bool      `protobuf:"varint,4,opt,name=options_known,json=optionsKnown,proto3" json:"options_known,omitempty"`
-	Options       []*Option `protobuf:"bytes,5,rep,name=options,proto3" json:"options,omitempty"`
+	OptionsKnown bool      `protobuf:"varint,4,opt,name=options_known,json=optionsKnown,proto3" json:"options_known,omitempty"`
+	Options      []*Option `protobuf:"bytes,5,rep,name=options,proto3" json:"options,omitempty"`
+	// What it can do beyond what its kinds ask for: "images" is a runtime with
+	// Images and RemoveImage. Names that a host does not know are ignored.
+	Abilities     []string `protobuf:"bytes,6,rep,name=abilities,proto3" json:"abilities,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -104,6 +107,13 @@ func (x *DescribeResponse) GetOptionsKnown() bool {
 func (x *DescribeResponse) GetOptions() []*Option {
 	if x != nil {
 		return x.Options
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetAbilities() []string {
+	if x != nil {
+		return x.Abilities
 	}
 	return nil
 }
@@ -209,6 +219,296 @@ func (x *Option) GetMax() float64 {
 	return 0
 }
 
+type ImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagesRequest) Reset() {
+	*x = ImagesRequest{}
+	mi := &file_v2_plugin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagesRequest) ProtoMessage() {}
+
+func (x *ImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagesRequest.ProtoReflect.Descriptor instead.
+func (*ImagesRequest) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{2}
+}
+
+type ImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*StoredImage         `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	Disk          *Disk                  `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagesResponse) Reset() {
+	*x = ImagesResponse{}
+	mi := &file_v2_plugin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagesResponse) ProtoMessage() {}
+
+func (x *ImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagesResponse.ProtoReflect.Descriptor instead.
+func (*ImagesResponse) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ImagesResponse) GetImages() []*StoredImage {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *ImagesResponse) GetDisk() *Disk {
+	if x != nil {
+		return x.Disk
+	}
+	return nil
+}
+
+// StoredImage is an image that the runtime pulled for this agent.
+type StoredImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"` // on disk, about
+	InUse         bool                   `protobuf:"varint,4,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoredImage) Reset() {
+	*x = StoredImage{}
+	mi := &file_v2_plugin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoredImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoredImage) ProtoMessage() {}
+
+func (x *StoredImage) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoredImage.ProtoReflect.Descriptor instead.
+func (*StoredImage) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *StoredImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *StoredImage) GetReferences() []string {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+func (x *StoredImage) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *StoredImage) GetInUse() bool {
+	if x != nil {
+		return x.InUse
+	}
+	return false
+}
+
+// Disk is the file system that the images are on.
+type Disk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TotalBytes    uint64                 `protobuf:"varint,1,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"` // 0: unknown
+	FreeBytes     uint64                 `protobuf:"varint,2,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disk) Reset() {
+	*x = Disk{}
+	mi := &file_v2_plugin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disk) ProtoMessage() {}
+
+func (x *Disk) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disk.ProtoReflect.Descriptor instead.
+func (*Disk) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Disk) GetTotalBytes() uint64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *Disk) GetFreeBytes() uint64 {
+	if x != nil {
+		return x.FreeBytes
+	}
+	return 0
+}
+
+type RemoveImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveImageRequest) Reset() {
+	*x = RemoveImageRequest{}
+	mi := &file_v2_plugin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveImageRequest) ProtoMessage() {}
+
+func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
+func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RemoveImageRequest) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type RemoveImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveImageResponse) Reset() {
+	*x = RemoveImageResponse{}
+	mi := &file_v2_plugin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveImageResponse) ProtoMessage() {}
+
+func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
+func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{7}
+}
+
 type StartRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Attempt       *pluginpb.Attempt      `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
@@ -222,7 +522,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[2]
+	mi := &file_v2_plugin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -234,7 +534,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[2]
+	mi := &file_v2_plugin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -247,7 +547,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{2}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *StartRequest) GetAttempt() *pluginpb.Attempt {
@@ -324,7 +624,7 @@ type ContainerSpec struct {
 
 func (x *ContainerSpec) Reset() {
 	*x = ContainerSpec{}
-	mi := &file_v2_plugin_proto_msgTypes[3]
+	mi := &file_v2_plugin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +636,7 @@ func (x *ContainerSpec) String() string {
 func (*ContainerSpec) ProtoMessage() {}
 
 func (x *ContainerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[3]
+	mi := &file_v2_plugin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +649,7 @@ func (x *ContainerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerSpec.ProtoReflect.Descriptor instead.
 func (*ContainerSpec) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{3}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ContainerSpec) GetImage() string {
@@ -581,7 +881,7 @@ type DeviceRule struct {
 
 func (x *DeviceRule) Reset() {
 	*x = DeviceRule{}
-	mi := &file_v2_plugin_proto_msgTypes[4]
+	mi := &file_v2_plugin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -593,7 +893,7 @@ func (x *DeviceRule) String() string {
 func (*DeviceRule) ProtoMessage() {}
 
 func (x *DeviceRule) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[4]
+	mi := &file_v2_plugin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -606,7 +906,7 @@ func (x *DeviceRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceRule.ProtoReflect.Descriptor instead.
 func (*DeviceRule) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{4}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DeviceRule) GetType() string {
@@ -639,7 +939,7 @@ type Words struct {
 
 func (x *Words) Reset() {
 	*x = Words{}
-	mi := &file_v2_plugin_proto_msgTypes[5]
+	mi := &file_v2_plugin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -651,7 +951,7 @@ func (x *Words) String() string {
 func (*Words) ProtoMessage() {}
 
 func (x *Words) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[5]
+	mi := &file_v2_plugin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -664,7 +964,7 @@ func (x *Words) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Words.ProtoReflect.Descriptor instead.
 func (*Words) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{5}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Words) GetWords() []string {
@@ -684,7 +984,7 @@ type HostEntry struct {
 
 func (x *HostEntry) Reset() {
 	*x = HostEntry{}
-	mi := &file_v2_plugin_proto_msgTypes[6]
+	mi := &file_v2_plugin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -696,7 +996,7 @@ func (x *HostEntry) String() string {
 func (*HostEntry) ProtoMessage() {}
 
 func (x *HostEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[6]
+	mi := &file_v2_plugin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -709,7 +1009,7 @@ func (x *HostEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEntry.ProtoReflect.Descriptor instead.
 func (*HostEntry) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{6}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *HostEntry) GetName() string {
@@ -741,7 +1041,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_v2_plugin_proto_msgTypes[7]
+	mi := &file_v2_plugin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +1053,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[7]
+	mi := &file_v2_plugin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +1066,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{7}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Hook) GetPoint() string {
@@ -812,7 +1112,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[8]
+	mi := &file_v2_plugin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -824,7 +1124,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[8]
+	mi := &file_v2_plugin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -837,7 +1137,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{8}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{14}
 }
 
 type DeviceInventory struct {
@@ -849,7 +1149,7 @@ type DeviceInventory struct {
 
 func (x *DeviceInventory) Reset() {
 	*x = DeviceInventory{}
-	mi := &file_v2_plugin_proto_msgTypes[9]
+	mi := &file_v2_plugin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +1161,7 @@ func (x *DeviceInventory) String() string {
 func (*DeviceInventory) ProtoMessage() {}
 
 func (x *DeviceInventory) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[9]
+	mi := &file_v2_plugin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +1174,7 @@ func (x *DeviceInventory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceInventory.ProtoReflect.Descriptor instead.
 func (*DeviceInventory) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{9}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeviceInventory) GetDevices() []*DeviceInfo {
@@ -899,7 +1199,7 @@ type DeviceInfo struct {
 
 func (x *DeviceInfo) Reset() {
 	*x = DeviceInfo{}
-	mi := &file_v2_plugin_proto_msgTypes[10]
+	mi := &file_v2_plugin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -911,7 +1211,7 @@ func (x *DeviceInfo) String() string {
 func (*DeviceInfo) ProtoMessage() {}
 
 func (x *DeviceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[10]
+	mi := &file_v2_plugin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -924,7 +1224,7 @@ func (x *DeviceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceInfo.ProtoReflect.Descriptor instead.
 func (*DeviceInfo) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{10}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeviceInfo) GetId() string {
@@ -985,7 +1285,7 @@ type EditsRequest struct {
 
 func (x *EditsRequest) Reset() {
 	*x = EditsRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[11]
+	mi := &file_v2_plugin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -997,7 +1297,7 @@ func (x *EditsRequest) String() string {
 func (*EditsRequest) ProtoMessage() {}
 
 func (x *EditsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[11]
+	mi := &file_v2_plugin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1010,7 +1310,7 @@ func (x *EditsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditsRequest.ProtoReflect.Descriptor instead.
 func (*EditsRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{11}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EditsRequest) GetIds() []string {
@@ -1035,7 +1335,7 @@ type EditsResponse struct {
 
 func (x *EditsResponse) Reset() {
 	*x = EditsResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[12]
+	mi := &file_v2_plugin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1347,7 @@ func (x *EditsResponse) String() string {
 func (*EditsResponse) ProtoMessage() {}
 
 func (x *EditsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[12]
+	mi := &file_v2_plugin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1360,7 @@ func (x *EditsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditsResponse.ProtoReflect.Descriptor instead.
 func (*EditsResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{12}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EditsResponse) GetDevices() []*pluginpb.HostDevice {
@@ -1121,7 +1421,7 @@ type DeviceStatsRequest struct {
 
 func (x *DeviceStatsRequest) Reset() {
 	*x = DeviceStatsRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[13]
+	mi := &file_v2_plugin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1133,7 +1433,7 @@ func (x *DeviceStatsRequest) String() string {
 func (*DeviceStatsRequest) ProtoMessage() {}
 
 func (x *DeviceStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[13]
+	mi := &file_v2_plugin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1146,7 +1446,7 @@ func (x *DeviceStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStatsRequest.ProtoReflect.Descriptor instead.
 func (*DeviceStatsRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{13}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DeviceStatsRequest) GetIds() []string {
@@ -1165,7 +1465,7 @@ type DeviceStatsResponse struct {
 
 func (x *DeviceStatsResponse) Reset() {
 	*x = DeviceStatsResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[14]
+	mi := &file_v2_plugin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1177,7 +1477,7 @@ func (x *DeviceStatsResponse) String() string {
 func (*DeviceStatsResponse) ProtoMessage() {}
 
 func (x *DeviceStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[14]
+	mi := &file_v2_plugin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1190,7 +1490,7 @@ func (x *DeviceStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStatsResponse.ProtoReflect.Descriptor instead.
 func (*DeviceStatsResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{14}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeviceStatsResponse) GetStats() []*DeviceStats {
@@ -1215,7 +1515,7 @@ type DeviceStats struct {
 
 func (x *DeviceStats) Reset() {
 	*x = DeviceStats{}
-	mi := &file_v2_plugin_proto_msgTypes[15]
+	mi := &file_v2_plugin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1527,7 @@ func (x *DeviceStats) String() string {
 func (*DeviceStats) ProtoMessage() {}
 
 func (x *DeviceStats) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[15]
+	mi := &file_v2_plugin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1540,7 @@ func (x *DeviceStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStats.ProtoReflect.Descriptor instead.
 func (*DeviceStats) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{15}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DeviceStats) GetId() string {
@@ -1289,13 +1589,14 @@ var File_v2_plugin_proto protoreflect.FileDescriptor
 
 const file_v2_plugin_proto_rawDesc = "" +
 	"\n" +
-	"\x0fv2/plugin.proto\x12\x0fbelay.plugin.v2\x1a\fplugin.proto\"\xae\x01\n" +
+	"\x0fv2/plugin.proto\x12\x0fbelay.plugin.v2\x1a\fplugin.proto\"\xcc\x01\n" +
 	"\x10DescribeResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
 	"\x05kinds\x18\x03 \x03(\tR\x05kinds\x12#\n" +
 	"\roptions_known\x18\x04 \x01(\bR\foptionsKnown\x121\n" +
-	"\aoptions\x18\x05 \x03(\v2\x17.belay.plugin.v2.OptionR\aoptions\"\xd5\x01\n" +
+	"\aoptions\x18\x05 \x03(\v2\x17.belay.plugin.v2.OptionR\aoptions\x12\x1c\n" +
+	"\tabilities\x18\x06 \x03(\tR\tabilities\"\xd5\x01\n" +
 	"\x06Option\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
@@ -1306,7 +1607,26 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\x03min\x18\a \x01(\x01H\x00R\x03min\x88\x01\x01\x12\x15\n" +
 	"\x03max\x18\b \x01(\x01H\x01R\x03max\x88\x01\x01B\x06\n" +
 	"\x04_minB\x06\n" +
-	"\x04_max\"\xc0\x01\n" +
+	"\x04_max\"\x0f\n" +
+	"\rImagesRequest\"q\n" +
+	"\x0eImagesResponse\x124\n" +
+	"\x06images\x18\x01 \x03(\v2\x1c.belay.plugin.v2.StoredImageR\x06images\x12)\n" +
+	"\x04disk\x18\x02 \x01(\v2\x15.belay.plugin.v2.DiskR\x04disk\"r\n" +
+	"\vStoredImage\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
+	"\n" +
+	"references\x18\x02 \x03(\tR\n" +
+	"references\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x15\n" +
+	"\x06in_use\x18\x04 \x01(\bR\x05inUse\"F\n" +
+	"\x04Disk\x12\x1f\n" +
+	"\vtotal_bytes\x18\x01 \x01(\x04R\n" +
+	"totalBytes\x12\x1d\n" +
+	"\n" +
+	"free_bytes\x18\x02 \x01(\x04R\tfreeBytes\",\n" +
+	"\x12RemoveImageRequest\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"\x15\n" +
+	"\x13RemoveImageResponse\"\xc0\x01\n" +
 	"\fStartRequest\x122\n" +
 	"\aattempt\x18\x01 \x01(\v2\x18.belay.plugin.v1.AttemptR\aattempt\x12\x18\n" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x16\n" +
@@ -1425,7 +1745,7 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\f_power_watts2\xad\x01\n" +
 	"\x06Plugin\x12O\n" +
 	"\bDescribe\x12 .belay.plugin.v1.DescribeRequest\x1a!.belay.plugin.v2.DescribeResponse\x12R\n" +
-	"\tConfigure\x12!.belay.plugin.v1.ConfigureRequest\x1a\".belay.plugin.v1.ConfigureResponse2\xb2\x06\n" +
+	"\tConfigure\x12!.belay.plugin.v1.ConfigureRequest\x1a\".belay.plugin.v1.ConfigureResponse2\xd7\a\n" +
 	"\aRuntime\x12C\n" +
 	"\x04Info\x12\x1c.belay.plugin.v1.InfoRequest\x1a\x1d.belay.plugin.v1.InfoResponse\x12X\n" +
 	"\vPrepareTask\x12#.belay.plugin.v1.PrepareTaskRequest\x1a$.belay.plugin.v1.PrepareTaskResponse\x12U\n" +
@@ -1438,7 +1758,9 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\x04List\x12\x1c.belay.plugin.v1.ListRequest\x1a\x1d.belay.plugin.v1.ListResponse\x12B\n" +
 	"\x06Events\x12\x1e.belay.plugin.v1.EventsRequest\x1a\x16.belay.plugin.v1.Event0\x01\x12F\n" +
 	"\x05Stats\x12\x1d.belay.plugin.v1.StatsRequest\x1a\x1e.belay.plugin.v1.StatsResponse\x12C\n" +
-	"\x04Exec\x12\x1c.belay.plugin.v1.ExecRequest\x1a\x1d.belay.plugin.v1.ExecResponse2\xf0\x01\n" +
+	"\x04Exec\x12\x1c.belay.plugin.v1.ExecRequest\x1a\x1d.belay.plugin.v1.ExecResponse\x12I\n" +
+	"\x06Images\x12\x1e.belay.plugin.v2.ImagesRequest\x1a\x1f.belay.plugin.v2.ImagesResponse\x12X\n" +
+	"\vRemoveImage\x12#.belay.plugin.v2.RemoveImageRequest\x1a$.belay.plugin.v2.RemoveImageResponse2\xf0\x01\n" +
 	"\x06Device\x12J\n" +
 	"\x05Watch\x12\x1d.belay.plugin.v2.WatchRequest\x1a .belay.plugin.v2.DeviceInventory0\x01\x12F\n" +
 	"\x05Edits\x12\x1d.belay.plugin.v2.EditsRequest\x1a\x1e.belay.plugin.v2.EditsResponse\x12R\n" +
@@ -1456,117 +1778,129 @@ func file_v2_plugin_proto_rawDescGZIP() []byte {
 	return file_v2_plugin_proto_rawDescData
 }
 
-var file_v2_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_v2_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_v2_plugin_proto_goTypes = []any{
 	(*DescribeResponse)(nil),             // 0: belay.plugin.v2.DescribeResponse
 	(*Option)(nil),                       // 1: belay.plugin.v2.Option
-	(*StartRequest)(nil),                 // 2: belay.plugin.v2.StartRequest
-	(*ContainerSpec)(nil),                // 3: belay.plugin.v2.ContainerSpec
-	(*DeviceRule)(nil),                   // 4: belay.plugin.v2.DeviceRule
-	(*Words)(nil),                        // 5: belay.plugin.v2.Words
-	(*HostEntry)(nil),                    // 6: belay.plugin.v2.HostEntry
-	(*Hook)(nil),                         // 7: belay.plugin.v2.Hook
-	(*WatchRequest)(nil),                 // 8: belay.plugin.v2.WatchRequest
-	(*DeviceInventory)(nil),              // 9: belay.plugin.v2.DeviceInventory
-	(*DeviceInfo)(nil),                   // 10: belay.plugin.v2.DeviceInfo
-	(*EditsRequest)(nil),                 // 11: belay.plugin.v2.EditsRequest
-	(*EditsResponse)(nil),                // 12: belay.plugin.v2.EditsResponse
-	(*DeviceStatsRequest)(nil),           // 13: belay.plugin.v2.DeviceStatsRequest
-	(*DeviceStatsResponse)(nil),          // 14: belay.plugin.v2.DeviceStatsResponse
-	(*DeviceStats)(nil),                  // 15: belay.plugin.v2.DeviceStats
-	nil,                                  // 16: belay.plugin.v2.ContainerSpec.SysctlsEntry
-	nil,                                  // 17: belay.plugin.v2.ContainerSpec.LabelsEntry
-	nil,                                  // 18: belay.plugin.v2.DeviceInfo.AttributesEntry
-	(*pluginpb.Attempt)(nil),             // 19: belay.plugin.v1.Attempt
-	(*pluginpb.Limits)(nil),              // 20: belay.plugin.v1.Limits
-	(*pluginpb.Mount)(nil),               // 21: belay.plugin.v1.Mount
-	(*pluginpb.PortMapping)(nil),         // 22: belay.plugin.v1.PortMapping
-	(*pluginpb.Ulimit)(nil),              // 23: belay.plugin.v1.Ulimit
-	(*pluginpb.HostDevice)(nil),          // 24: belay.plugin.v1.HostDevice
-	(*pluginpb.DescribeRequest)(nil),     // 25: belay.plugin.v1.DescribeRequest
-	(*pluginpb.ConfigureRequest)(nil),    // 26: belay.plugin.v1.ConfigureRequest
-	(*pluginpb.InfoRequest)(nil),         // 27: belay.plugin.v1.InfoRequest
-	(*pluginpb.PrepareTaskRequest)(nil),  // 28: belay.plugin.v1.PrepareTaskRequest
-	(*pluginpb.RemoveTaskRequest)(nil),   // 29: belay.plugin.v1.RemoveTaskRequest
-	(*pluginpb.PullRequest)(nil),         // 30: belay.plugin.v1.PullRequest
-	(*pluginpb.StopRequest)(nil),         // 31: belay.plugin.v1.StopRequest
-	(*pluginpb.RemoveRequest)(nil),       // 32: belay.plugin.v1.RemoveRequest
-	(*pluginpb.ListRequest)(nil),         // 33: belay.plugin.v1.ListRequest
-	(*pluginpb.EventsRequest)(nil),       // 34: belay.plugin.v1.EventsRequest
-	(*pluginpb.StatsRequest)(nil),        // 35: belay.plugin.v1.StatsRequest
-	(*pluginpb.ExecRequest)(nil),         // 36: belay.plugin.v1.ExecRequest
-	(*pluginpb.ConfigureResponse)(nil),   // 37: belay.plugin.v1.ConfigureResponse
-	(*pluginpb.InfoResponse)(nil),        // 38: belay.plugin.v1.InfoResponse
-	(*pluginpb.PrepareTaskResponse)(nil), // 39: belay.plugin.v1.PrepareTaskResponse
-	(*pluginpb.RemoveTaskResponse)(nil),  // 40: belay.plugin.v1.RemoveTaskResponse
-	(*pluginpb.PullUpdate)(nil),          // 41: belay.plugin.v1.PullUpdate
-	(*pluginpb.StartResponse)(nil),       // 42: belay.plugin.v1.StartResponse
-	(*pluginpb.StopResponse)(nil),        // 43: belay.plugin.v1.StopResponse
-	(*pluginpb.RemoveResponse)(nil),      // 44: belay.plugin.v1.RemoveResponse
-	(*pluginpb.ListResponse)(nil),        // 45: belay.plugin.v1.ListResponse
-	(*pluginpb.Event)(nil),               // 46: belay.plugin.v1.Event
-	(*pluginpb.StatsResponse)(nil),       // 47: belay.plugin.v1.StatsResponse
-	(*pluginpb.ExecResponse)(nil),        // 48: belay.plugin.v1.ExecResponse
+	(*ImagesRequest)(nil),                // 2: belay.plugin.v2.ImagesRequest
+	(*ImagesResponse)(nil),               // 3: belay.plugin.v2.ImagesResponse
+	(*StoredImage)(nil),                  // 4: belay.plugin.v2.StoredImage
+	(*Disk)(nil),                         // 5: belay.plugin.v2.Disk
+	(*RemoveImageRequest)(nil),           // 6: belay.plugin.v2.RemoveImageRequest
+	(*RemoveImageResponse)(nil),          // 7: belay.plugin.v2.RemoveImageResponse
+	(*StartRequest)(nil),                 // 8: belay.plugin.v2.StartRequest
+	(*ContainerSpec)(nil),                // 9: belay.plugin.v2.ContainerSpec
+	(*DeviceRule)(nil),                   // 10: belay.plugin.v2.DeviceRule
+	(*Words)(nil),                        // 11: belay.plugin.v2.Words
+	(*HostEntry)(nil),                    // 12: belay.plugin.v2.HostEntry
+	(*Hook)(nil),                         // 13: belay.plugin.v2.Hook
+	(*WatchRequest)(nil),                 // 14: belay.plugin.v2.WatchRequest
+	(*DeviceInventory)(nil),              // 15: belay.plugin.v2.DeviceInventory
+	(*DeviceInfo)(nil),                   // 16: belay.plugin.v2.DeviceInfo
+	(*EditsRequest)(nil),                 // 17: belay.plugin.v2.EditsRequest
+	(*EditsResponse)(nil),                // 18: belay.plugin.v2.EditsResponse
+	(*DeviceStatsRequest)(nil),           // 19: belay.plugin.v2.DeviceStatsRequest
+	(*DeviceStatsResponse)(nil),          // 20: belay.plugin.v2.DeviceStatsResponse
+	(*DeviceStats)(nil),                  // 21: belay.plugin.v2.DeviceStats
+	nil,                                  // 22: belay.plugin.v2.ContainerSpec.SysctlsEntry
+	nil,                                  // 23: belay.plugin.v2.ContainerSpec.LabelsEntry
+	nil,                                  // 24: belay.plugin.v2.DeviceInfo.AttributesEntry
+	(*pluginpb.Attempt)(nil),             // 25: belay.plugin.v1.Attempt
+	(*pluginpb.Limits)(nil),              // 26: belay.plugin.v1.Limits
+	(*pluginpb.Mount)(nil),               // 27: belay.plugin.v1.Mount
+	(*pluginpb.PortMapping)(nil),         // 28: belay.plugin.v1.PortMapping
+	(*pluginpb.Ulimit)(nil),              // 29: belay.plugin.v1.Ulimit
+	(*pluginpb.HostDevice)(nil),          // 30: belay.plugin.v1.HostDevice
+	(*pluginpb.DescribeRequest)(nil),     // 31: belay.plugin.v1.DescribeRequest
+	(*pluginpb.ConfigureRequest)(nil),    // 32: belay.plugin.v1.ConfigureRequest
+	(*pluginpb.InfoRequest)(nil),         // 33: belay.plugin.v1.InfoRequest
+	(*pluginpb.PrepareTaskRequest)(nil),  // 34: belay.plugin.v1.PrepareTaskRequest
+	(*pluginpb.RemoveTaskRequest)(nil),   // 35: belay.plugin.v1.RemoveTaskRequest
+	(*pluginpb.PullRequest)(nil),         // 36: belay.plugin.v1.PullRequest
+	(*pluginpb.StopRequest)(nil),         // 37: belay.plugin.v1.StopRequest
+	(*pluginpb.RemoveRequest)(nil),       // 38: belay.plugin.v1.RemoveRequest
+	(*pluginpb.ListRequest)(nil),         // 39: belay.plugin.v1.ListRequest
+	(*pluginpb.EventsRequest)(nil),       // 40: belay.plugin.v1.EventsRequest
+	(*pluginpb.StatsRequest)(nil),        // 41: belay.plugin.v1.StatsRequest
+	(*pluginpb.ExecRequest)(nil),         // 42: belay.plugin.v1.ExecRequest
+	(*pluginpb.ConfigureResponse)(nil),   // 43: belay.plugin.v1.ConfigureResponse
+	(*pluginpb.InfoResponse)(nil),        // 44: belay.plugin.v1.InfoResponse
+	(*pluginpb.PrepareTaskResponse)(nil), // 45: belay.plugin.v1.PrepareTaskResponse
+	(*pluginpb.RemoveTaskResponse)(nil),  // 46: belay.plugin.v1.RemoveTaskResponse
+	(*pluginpb.PullUpdate)(nil),          // 47: belay.plugin.v1.PullUpdate
+	(*pluginpb.StartResponse)(nil),       // 48: belay.plugin.v1.StartResponse
+	(*pluginpb.StopResponse)(nil),        // 49: belay.plugin.v1.StopResponse
+	(*pluginpb.RemoveResponse)(nil),      // 50: belay.plugin.v1.RemoveResponse
+	(*pluginpb.ListResponse)(nil),        // 51: belay.plugin.v1.ListResponse
+	(*pluginpb.Event)(nil),               // 52: belay.plugin.v1.Event
+	(*pluginpb.StatsResponse)(nil),       // 53: belay.plugin.v1.StatsResponse
+	(*pluginpb.ExecResponse)(nil),        // 54: belay.plugin.v1.ExecResponse
 }
 var file_v2_plugin_proto_depIdxs = []int32{
 	1,  // 0: belay.plugin.v2.DescribeResponse.options:type_name -> belay.plugin.v2.Option
-	19, // 1: belay.plugin.v2.StartRequest.attempt:type_name -> belay.plugin.v1.Attempt
-	3,  // 2: belay.plugin.v2.StartRequest.spec:type_name -> belay.plugin.v2.ContainerSpec
-	5,  // 3: belay.plugin.v2.ContainerSpec.entry_point:type_name -> belay.plugin.v2.Words
-	20, // 4: belay.plugin.v2.ContainerSpec.limits:type_name -> belay.plugin.v1.Limits
-	21, // 5: belay.plugin.v2.ContainerSpec.mounts:type_name -> belay.plugin.v1.Mount
-	22, // 6: belay.plugin.v2.ContainerSpec.ports:type_name -> belay.plugin.v1.PortMapping
-	23, // 7: belay.plugin.v2.ContainerSpec.ulimits:type_name -> belay.plugin.v1.Ulimit
-	24, // 8: belay.plugin.v2.ContainerSpec.devices:type_name -> belay.plugin.v1.HostDevice
-	7,  // 9: belay.plugin.v2.ContainerSpec.hooks:type_name -> belay.plugin.v2.Hook
-	6,  // 10: belay.plugin.v2.ContainerSpec.extra_hosts:type_name -> belay.plugin.v2.HostEntry
-	16, // 11: belay.plugin.v2.ContainerSpec.sysctls:type_name -> belay.plugin.v2.ContainerSpec.SysctlsEntry
-	17, // 12: belay.plugin.v2.ContainerSpec.labels:type_name -> belay.plugin.v2.ContainerSpec.LabelsEntry
-	4,  // 13: belay.plugin.v2.ContainerSpec.device_rules:type_name -> belay.plugin.v2.DeviceRule
-	10, // 14: belay.plugin.v2.DeviceInventory.devices:type_name -> belay.plugin.v2.DeviceInfo
-	18, // 15: belay.plugin.v2.DeviceInfo.attributes:type_name -> belay.plugin.v2.DeviceInfo.AttributesEntry
-	24, // 16: belay.plugin.v2.EditsResponse.devices:type_name -> belay.plugin.v1.HostDevice
-	21, // 17: belay.plugin.v2.EditsResponse.mounts:type_name -> belay.plugin.v1.Mount
-	7,  // 18: belay.plugin.v2.EditsResponse.hooks:type_name -> belay.plugin.v2.Hook
-	4,  // 19: belay.plugin.v2.EditsResponse.device_rules:type_name -> belay.plugin.v2.DeviceRule
-	15, // 20: belay.plugin.v2.DeviceStatsResponse.stats:type_name -> belay.plugin.v2.DeviceStats
-	25, // 21: belay.plugin.v2.Plugin.Describe:input_type -> belay.plugin.v1.DescribeRequest
-	26, // 22: belay.plugin.v2.Plugin.Configure:input_type -> belay.plugin.v1.ConfigureRequest
-	27, // 23: belay.plugin.v2.Runtime.Info:input_type -> belay.plugin.v1.InfoRequest
-	28, // 24: belay.plugin.v2.Runtime.PrepareTask:input_type -> belay.plugin.v1.PrepareTaskRequest
-	29, // 25: belay.plugin.v2.Runtime.RemoveTask:input_type -> belay.plugin.v1.RemoveTaskRequest
-	30, // 26: belay.plugin.v2.Runtime.Pull:input_type -> belay.plugin.v1.PullRequest
-	2,  // 27: belay.plugin.v2.Runtime.Start:input_type -> belay.plugin.v2.StartRequest
-	31, // 28: belay.plugin.v2.Runtime.Stop:input_type -> belay.plugin.v1.StopRequest
-	32, // 29: belay.plugin.v2.Runtime.Remove:input_type -> belay.plugin.v1.RemoveRequest
-	33, // 30: belay.plugin.v2.Runtime.List:input_type -> belay.plugin.v1.ListRequest
-	34, // 31: belay.plugin.v2.Runtime.Events:input_type -> belay.plugin.v1.EventsRequest
-	35, // 32: belay.plugin.v2.Runtime.Stats:input_type -> belay.plugin.v1.StatsRequest
-	36, // 33: belay.plugin.v2.Runtime.Exec:input_type -> belay.plugin.v1.ExecRequest
-	8,  // 34: belay.plugin.v2.Device.Watch:input_type -> belay.plugin.v2.WatchRequest
-	11, // 35: belay.plugin.v2.Device.Edits:input_type -> belay.plugin.v2.EditsRequest
-	13, // 36: belay.plugin.v2.Device.Stats:input_type -> belay.plugin.v2.DeviceStatsRequest
-	0,  // 37: belay.plugin.v2.Plugin.Describe:output_type -> belay.plugin.v2.DescribeResponse
-	37, // 38: belay.plugin.v2.Plugin.Configure:output_type -> belay.plugin.v1.ConfigureResponse
-	38, // 39: belay.plugin.v2.Runtime.Info:output_type -> belay.plugin.v1.InfoResponse
-	39, // 40: belay.plugin.v2.Runtime.PrepareTask:output_type -> belay.plugin.v1.PrepareTaskResponse
-	40, // 41: belay.plugin.v2.Runtime.RemoveTask:output_type -> belay.plugin.v1.RemoveTaskResponse
-	41, // 42: belay.plugin.v2.Runtime.Pull:output_type -> belay.plugin.v1.PullUpdate
-	42, // 43: belay.plugin.v2.Runtime.Start:output_type -> belay.plugin.v1.StartResponse
-	43, // 44: belay.plugin.v2.Runtime.Stop:output_type -> belay.plugin.v1.StopResponse
-	44, // 45: belay.plugin.v2.Runtime.Remove:output_type -> belay.plugin.v1.RemoveResponse
-	45, // 46: belay.plugin.v2.Runtime.List:output_type -> belay.plugin.v1.ListResponse
-	46, // 47: belay.plugin.v2.Runtime.Events:output_type -> belay.plugin.v1.Event
-	47, // 48: belay.plugin.v2.Runtime.Stats:output_type -> belay.plugin.v1.StatsResponse
-	48, // 49: belay.plugin.v2.Runtime.Exec:output_type -> belay.plugin.v1.ExecResponse
-	9,  // 50: belay.plugin.v2.Device.Watch:output_type -> belay.plugin.v2.DeviceInventory
-	12, // 51: belay.plugin.v2.Device.Edits:output_type -> belay.plugin.v2.EditsResponse
-	14, // 52: belay.plugin.v2.Device.Stats:output_type -> belay.plugin.v2.DeviceStatsResponse
-	37, // [37:53] is the sub-list for method output_type
-	21, // [21:37] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	4,  // 1: belay.plugin.v2.ImagesResponse.images:type_name -> belay.plugin.v2.StoredImage
+	5,  // 2: belay.plugin.v2.ImagesResponse.disk:type_name -> belay.plugin.v2.Disk
+	25, // 3: belay.plugin.v2.StartRequest.attempt:type_name -> belay.plugin.v1.Attempt
+	9,  // 4: belay.plugin.v2.StartRequest.spec:type_name -> belay.plugin.v2.ContainerSpec
+	11, // 5: belay.plugin.v2.ContainerSpec.entry_point:type_name -> belay.plugin.v2.Words
+	26, // 6: belay.plugin.v2.ContainerSpec.limits:type_name -> belay.plugin.v1.Limits
+	27, // 7: belay.plugin.v2.ContainerSpec.mounts:type_name -> belay.plugin.v1.Mount
+	28, // 8: belay.plugin.v2.ContainerSpec.ports:type_name -> belay.plugin.v1.PortMapping
+	29, // 9: belay.plugin.v2.ContainerSpec.ulimits:type_name -> belay.plugin.v1.Ulimit
+	30, // 10: belay.plugin.v2.ContainerSpec.devices:type_name -> belay.plugin.v1.HostDevice
+	13, // 11: belay.plugin.v2.ContainerSpec.hooks:type_name -> belay.plugin.v2.Hook
+	12, // 12: belay.plugin.v2.ContainerSpec.extra_hosts:type_name -> belay.plugin.v2.HostEntry
+	22, // 13: belay.plugin.v2.ContainerSpec.sysctls:type_name -> belay.plugin.v2.ContainerSpec.SysctlsEntry
+	23, // 14: belay.plugin.v2.ContainerSpec.labels:type_name -> belay.plugin.v2.ContainerSpec.LabelsEntry
+	10, // 15: belay.plugin.v2.ContainerSpec.device_rules:type_name -> belay.plugin.v2.DeviceRule
+	16, // 16: belay.plugin.v2.DeviceInventory.devices:type_name -> belay.plugin.v2.DeviceInfo
+	24, // 17: belay.plugin.v2.DeviceInfo.attributes:type_name -> belay.plugin.v2.DeviceInfo.AttributesEntry
+	30, // 18: belay.plugin.v2.EditsResponse.devices:type_name -> belay.plugin.v1.HostDevice
+	27, // 19: belay.plugin.v2.EditsResponse.mounts:type_name -> belay.plugin.v1.Mount
+	13, // 20: belay.plugin.v2.EditsResponse.hooks:type_name -> belay.plugin.v2.Hook
+	10, // 21: belay.plugin.v2.EditsResponse.device_rules:type_name -> belay.plugin.v2.DeviceRule
+	21, // 22: belay.plugin.v2.DeviceStatsResponse.stats:type_name -> belay.plugin.v2.DeviceStats
+	31, // 23: belay.plugin.v2.Plugin.Describe:input_type -> belay.plugin.v1.DescribeRequest
+	32, // 24: belay.plugin.v2.Plugin.Configure:input_type -> belay.plugin.v1.ConfigureRequest
+	33, // 25: belay.plugin.v2.Runtime.Info:input_type -> belay.plugin.v1.InfoRequest
+	34, // 26: belay.plugin.v2.Runtime.PrepareTask:input_type -> belay.plugin.v1.PrepareTaskRequest
+	35, // 27: belay.plugin.v2.Runtime.RemoveTask:input_type -> belay.plugin.v1.RemoveTaskRequest
+	36, // 28: belay.plugin.v2.Runtime.Pull:input_type -> belay.plugin.v1.PullRequest
+	8,  // 29: belay.plugin.v2.Runtime.Start:input_type -> belay.plugin.v2.StartRequest
+	37, // 30: belay.plugin.v2.Runtime.Stop:input_type -> belay.plugin.v1.StopRequest
+	38, // 31: belay.plugin.v2.Runtime.Remove:input_type -> belay.plugin.v1.RemoveRequest
+	39, // 32: belay.plugin.v2.Runtime.List:input_type -> belay.plugin.v1.ListRequest
+	40, // 33: belay.plugin.v2.Runtime.Events:input_type -> belay.plugin.v1.EventsRequest
+	41, // 34: belay.plugin.v2.Runtime.Stats:input_type -> belay.plugin.v1.StatsRequest
+	42, // 35: belay.plugin.v2.Runtime.Exec:input_type -> belay.plugin.v1.ExecRequest
+	2,  // 36: belay.plugin.v2.Runtime.Images:input_type -> belay.plugin.v2.ImagesRequest
+	6,  // 37: belay.plugin.v2.Runtime.RemoveImage:input_type -> belay.plugin.v2.RemoveImageRequest
+	14, // 38: belay.plugin.v2.Device.Watch:input_type -> belay.plugin.v2.WatchRequest
+	17, // 39: belay.plugin.v2.Device.Edits:input_type -> belay.plugin.v2.EditsRequest
+	19, // 40: belay.plugin.v2.Device.Stats:input_type -> belay.plugin.v2.DeviceStatsRequest
+	0,  // 41: belay.plugin.v2.Plugin.Describe:output_type -> belay.plugin.v2.DescribeResponse
+	43, // 42: belay.plugin.v2.Plugin.Configure:output_type -> belay.plugin.v1.ConfigureResponse
+	44, // 43: belay.plugin.v2.Runtime.Info:output_type -> belay.plugin.v1.InfoResponse
+	45, // 44: belay.plugin.v2.Runtime.PrepareTask:output_type -> belay.plugin.v1.PrepareTaskResponse
+	46, // 45: belay.plugin.v2.Runtime.RemoveTask:output_type -> belay.plugin.v1.RemoveTaskResponse
+	47, // 46: belay.plugin.v2.Runtime.Pull:output_type -> belay.plugin.v1.PullUpdate
+	48, // 47: belay.plugin.v2.Runtime.Start:output_type -> belay.plugin.v1.StartResponse
+	49, // 48: belay.plugin.v2.Runtime.Stop:output_type -> belay.plugin.v1.StopResponse
+	50, // 49: belay.plugin.v2.Runtime.Remove:output_type -> belay.plugin.v1.RemoveResponse
+	51, // 50: belay.plugin.v2.Runtime.List:output_type -> belay.plugin.v1.ListResponse
+	52, // 51: belay.plugin.v2.Runtime.Events:output_type -> belay.plugin.v1.Event
+	53, // 52: belay.plugin.v2.Runtime.Stats:output_type -> belay.plugin.v1.StatsResponse
+	54, // 53: belay.plugin.v2.Runtime.Exec:output_type -> belay.plugin.v1.ExecResponse
+	3,  // 54: belay.plugin.v2.Runtime.Images:output_type -> belay.plugin.v2.ImagesResponse
+	7,  // 55: belay.plugin.v2.Runtime.RemoveImage:output_type -> belay.plugin.v2.RemoveImageResponse
+	15, // 56: belay.plugin.v2.Device.Watch:output_type -> belay.plugin.v2.DeviceInventory
+	18, // 57: belay.plugin.v2.Device.Edits:output_type -> belay.plugin.v2.EditsResponse
+	20, // 58: belay.plugin.v2.Device.Stats:output_type -> belay.plugin.v2.DeviceStatsResponse
+	41, // [41:59] is the sub-list for method output_type
+	23, // [23:41] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_v2_plugin_proto_init() }
@@ -1575,14 +1909,14 @@ func file_v2_plugin_proto_init() {
 		return
 	}
 	file_v2_plugin_proto_msgTypes[1].OneofWrappers = []any{}
-	file_v2_plugin_proto_msgTypes[15].OneofWrappers = []any{}
+	file_v2_plugin_proto_msgTypes[21].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_v2_plugin_proto_rawDesc), len(file_v2_plugin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -187,6 +187,8 @@ const (
 	Runtime_Events_FullMethodName      = "/belay.plugin.v2.Runtime/Events"
 	Runtime_Stats_FullMethodName       = "/belay.plugin.v2.Runtime/Stats"
 	Runtime_Exec_FullMethodName        = "/belay.plugin.v2.Runtime/Exec"
+	Runtime_Images_FullMethodName      = "/belay.plugin.v2.Runtime/Images"
+	Runtime_RemoveImage_FullMethodName = "/belay.plugin.v2.Runtime/RemoveImage"
 )
 
 // RuntimeClient is the client API for Runtime service.
@@ -206,6 +208,9 @@ type RuntimeClient interface {
 	Events(ctx context.Context, in *pluginpb.EventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[pluginpb.Event], error)
 	Stats(ctx context.Context, in *pluginpb.StatsRequest, opts ...grpc.CallOption) (*pluginpb.StatsResponse, error)
 	Exec(ctx context.Context, in *pluginpb.ExecRequest, opts ...grpc.CallOption) (*pluginpb.ExecResponse, error)
+	// Only of plugins that describe themselves with the ability "images".
+	Images(ctx context.Context, in *ImagesRequest, opts ...grpc.CallOption) (*ImagesResponse, error)
+	RemoveImage(ctx context.Context, in *RemoveImageRequest, opts ...grpc.CallOption) (*RemoveImageResponse, error)
 }
 
 type runtimeClient struct {
@@ -344,6 +349,26 @@ func (c *runtimeClient) Exec(ctx context.Context, in *pluginpb.ExecRequest, opts
 	return out, nil
 }
 
+func (c *runtimeClient) Images(ctx context.Context, in *ImagesRequest, opts ...grpc.CallOption) (*ImagesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImagesResponse)
+	err := c.cc.Invoke(ctx, Runtime_Images_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *runtimeClient) RemoveImage(ctx context.Context, in *RemoveImageRequest, opts ...grpc.CallOption) (*RemoveImageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveImageResponse)
+	err := c.cc.Invoke(ctx, Runtime_RemoveImage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RuntimeServer is the server API for Runtime service.
 // All implementations must embed UnimplementedRuntimeServer
 // for forward compatibility.
@@ -361,6 +386,9 @@ type RuntimeServer interface {
 	Events(*pluginpb.EventsRequest, grpc.ServerStreamingServer[pluginpb.Event]) error
 	Stats(context.Context, *pluginpb.StatsRequest) (*pluginpb.StatsResponse, error)
 	Exec(context.Context, *pluginpb.ExecRequest) (*pluginpb.ExecResponse, error)
+	// Only of plugins that describe themselves with the ability "images".
+	Images(context.Context, *ImagesRequest) (*ImagesResponse, error)
+	RemoveImage(context.Context, *RemoveImageRequest) (*RemoveImageResponse, error)
 	mustEmbedUnimplementedRuntimeServer()
 }
 
@@ -403,6 +431,12 @@ func (UnimplementedRuntimeServer) Stats(context.Context, *pluginpb.StatsRequest)
 }
 func (UnimplementedRuntimeServer) Exec(context.Context, *pluginpb.ExecRequest) (*pluginpb.ExecResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Exec not implemented")
+}
+func (UnimplementedRuntimeServer) Images(context.Context, *ImagesRequest) (*ImagesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Images not implemented")
+}
+func (UnimplementedRuntimeServer) RemoveImage(context.Context, *RemoveImageRequest) (*RemoveImageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveImage not implemented")
 }
 func (UnimplementedRuntimeServer) mustEmbedUnimplementedRuntimeServer() {}
 func (UnimplementedRuntimeServer) testEmbeddedByValue()                 {}
@@ -609,6 +643,42 @@ func _Runtime_Exec_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Runtime_Images_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImagesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RuntimeServer).Images(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Runtime_Images_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RuntimeServer).Images(ctx, req.(*ImagesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Runtime_RemoveImage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveImageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RuntimeServer).RemoveImage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Runtime_RemoveImage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RuntimeServer).RemoveImage(ctx, req.(*RemoveImageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Runtime_ServiceDesc is the grpc.ServiceDesc for Runtime service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -651,6 +721,14 @@ var Runtime_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Exec",
 			Handler:    _Runtime_Exec_Handler,
+		},
+		{
+			MethodName: "Images",
+			Handler:    _Runtime_Images_Handler,
+		},
+		{
+			MethodName: "RemoveImage",
+			Handler:    _Runtime_RemoveImage_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
