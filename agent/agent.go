@@ -37,6 +37,9 @@ type Config struct {
 	KeepStopped time.Duration
 	// KeepStoppedTasks is how many stopped tasks are kept at most: 100.
 	KeepStoppedTasks int
+	// Images says which unused images are removed; zero: those unused for a
+	// week, and from 85 % to 80 % of the disk those unused for 2 min.
+	Images *ImagePolicy
 	// MaxPulls and MaxCalls bound what runs at the same time: 3 pulls, 16
 	// calls of each other sort.
 	MaxPulls, MaxCalls int
@@ -62,6 +65,10 @@ func (c Config) withDefaults() Config {
 		if *n.at == 0 {
 			*n.at = n.v
 		}
+	}
+	if c.Images == nil {
+		p := DefaultImagePolicy()
+		c.Images = &p
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -117,6 +124,7 @@ func New(cfg Config) (*Agent, error) {
 	a.started = cfg.Clock.Now()
 	a.state = newState(Limits{
 		PullGiveUp: cfg.PullGiveUp, KeepStopped: cfg.KeepStopped, KeepStoppedTasks: cfg.KeepStoppedTasks,
+		Images: *cfg.Images,
 	}, cfg.Clock.BootID(), cfg.Saved, a.started, cfg.Jitter)
 	a.hold()
 	return a, nil
@@ -209,6 +217,8 @@ func (v verb) sort() string {
 		return "probes"
 	case callList:
 		return "lists"
+	case callImages, callDiscard:
+		return "images"
 	}
 	return "removals"
 }
@@ -275,6 +285,8 @@ func (a *Agent) absorb() {
 		}
 		for _, rt := range s.Runtimes {
 			rt.want(now)
+			rt.images.none, rt.images.known = false, false // it may be another version of it now
+			rt.images.at = min(rt.images.at, now+imagesSoon)
 		}
 	}
 	if (in.refound || in.changed) && a.cfg.Devices != nil {
@@ -429,12 +441,34 @@ func (a *Agent) logResult(r result) {
 	if r.Verb == callList && !a.worthSaying(r) {
 		return
 	}
+	if r.Verb == callImages || r.Verb == callDiscard {
+		a.logImages(r)
+		return
+	}
 	switch {
 	case r.err != nil && sdk.KindOf(r.err) != sdk.Canceled:
 		a.cfg.Logger.Warn("call failed", append(attrs, "kind", string(sdk.KindOf(r.err)), "error", r.err.Error())...)
 	case r.err != nil, r.Verb == callProbe:
 	default:
 		a.cfg.Logger.Debug("call done", attrs...)
+	}
+}
+
+// logImages says what was removed and why; a runtime that cannot say what it
+// has is shown in its snapshot.
+func (a *Agent) logImages(r result) {
+	attrs := []any{"runtime", r.Runtime, "image", r.Image, "why", r.Reason}
+	for _, img := range a.state.runtime(r.Runtime).images.inv.Images {
+		if img.Digest == r.Image {
+			attrs = append(attrs, "references", strings.Join(img.References, " "), "bytes", img.Bytes)
+		}
+	}
+	switch {
+	case r.Verb == callImages:
+	case r.err != nil:
+		a.cfg.Logger.Warn("an unused image cannot be removed", append(attrs, "kind", string(sdk.KindOf(r.err)), "error", r.err.Error())...)
+	default:
+		a.cfg.Logger.Info("removed an unused image", attrs...)
 	}
 }
 

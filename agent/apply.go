@@ -89,6 +89,7 @@ type result struct {
 	image     sdk.Image
 	info      sdk.RuntimeInfo
 	inventory sdk.Inventory
+	images    sdk.ImageInventory
 	exec      sdk.ExecResult
 	// withheld: the runtime was not asked, because a plugin did not say what
 	// the container's devices need.
@@ -101,6 +102,10 @@ func (s *State) begin(a action) job {
 	j := job{action: a, tick: s.tick}
 	if a.Verb == callList {
 		s.runtime(a.Runtime).listing = true
+		return j
+	}
+	if a.Verb == callImages || a.Verb == callDiscard {
+		s.beginImages(a)
 		return j
 	}
 	if a.Stray {
@@ -156,6 +161,10 @@ func (s *State) finish(r result, now time.Duration) {
 	s.tick++
 	if r.Verb == callList {
 		s.listed(r, now)
+		return
+	}
+	if r.Verb == callImages || r.Verb == callDiscard {
+		s.finishImages(r, now)
 		return
 	}
 	if r.err != nil && sdk.KindOf(r.err) == sdk.Unavailable && !r.withheld && r.Verb != callPull && r.Verb != callForget {
@@ -248,6 +257,9 @@ func (s *State) finishPull(t *Task, c *Container, r result, now time.Duration) {
 	}
 	if t.Stop != nil || sdk.KindOf(r.err) == sdk.Canceled && t.unwanted() {
 		return
+	}
+	if sdk.KindOf(r.err) == sdk.Exhausted {
+		s.noRoom(r.Runtime, now)
 	}
 	if c.pullRetry.failures == 0 {
 		c.pullSince = s.onlineFor(now)

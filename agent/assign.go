@@ -127,6 +127,7 @@ func (s *State) write(j Journal, now time.Duration, force bool) (wrote bool, err
 		t.unsaved(add)
 	}
 	s.unsavedAway(now, len(records) == 0, add)
+	s.unsavedUnused(now, len(records) == 0, add)
 	if len(records) == 0 && len(forget) == 0 {
 		return false, nil
 	}

@@ -54,6 +54,8 @@ func newSimulation(t *rapid.T) *simulation {
 		wanted: map[string]*wire.Assignment{}, over: map[string]bool{}, reported: map[string]*wire.TaskStatus{}, incarn: "one",
 		rebooted: map[sdk.Attempt]bool{},
 	}
+	s.runtime.images = map[string][]string{"sha256:old": {"registry.test/old@sha256:old"}}
+	s.runtime.disk = sdk.Disk{TotalBytes: 1000, FreeBytes: 500}
 	s.devices = &simDevices{journal: j, runtime: s.runtime}
 	s.devices.heal()
 	s.hands = &hands{runtimes: s.runtime, devices: s.devices, outputs: nowhere{}, volumes: nowhere{}, clock: s.clock}
@@ -63,7 +65,8 @@ func newSimulation(t *rapid.T) *simulation {
 
 // boot starts the agent on what the journal holds.
 func (s *simulation) boot() {
-	s.state = newState(Limits{PullGiveUp: 5 * time.Minute, KeepStopped: time.Hour, KeepStoppedTasks: 3},
+	s.state = newState(Limits{PullGiveUp: 5 * time.Minute, KeepStopped: time.Hour, KeepStoppedTasks: 3,
+		Images: ImagePolicy{KeepUnused: 10 * time.Minute, HighPercent: 85, LowPercent: 80, MinAge: time.Minute}},
 		s.clock.boot, s.journal.saved(), s.clock.now, func() float64 { return 0.5 })
 	s.linkAtBoot()
 	s.state.runtime(defaultRuntime)
@@ -325,10 +328,12 @@ func (s *simulation) hostile() map[string]func(*rapid.T) {
 	}
 	maps.Copy(all, s.devicesHostile())
 	maps.Copy(all, s.linkHostile())
+	all["the disk of images fills or empties"] = func(*rapid.T) { s.runtime.disk.FreeBytes = 1000 - 100 - s.runtime.disk.FreeBytes }
 	return all
 }
 
 func (s *simulation) perform(p *pendingCall) {
+	s.noteDiscard(p.job)
 	if p.job.Verb == callList {
 		s.ghosts = nil // a new plugin that lists has nothing of the old one under way
 	}

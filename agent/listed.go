@@ -29,6 +29,9 @@ func (s *State) listed(r result, now time.Duration) {
 		rt.listAt = min(rt.retry.at, now+listRetryCap)
 		return
 	}
+	if !rt.known { // what is to start goes first
+		rt.images.at = max(rt.images.at, now+imagesSoon)
+	}
 	rt.known, rt.missing, rt.retry, rt.info = true, false, retry{}, r.info
 	rt.listAt = now + listEvery
 	if again {

@@ -14,6 +14,7 @@ const (
 	prepareTimeout = time.Minute
 	startTimeout   = 2 * time.Minute
 	removeTimeout  = time.Minute
+	imagesTimeout  = 5 * time.Minute  // a slow disk, a large image
 	haltMargin     = 30 * time.Second // past the grace
 	probeMargin    = 5 * time.Second  // past the check's own timeout
 	// pullStall ends a pull that makes no progress at all for so long.
@@ -57,6 +58,19 @@ func (h *hands) perform(ctx context.Context, j job) result {
 		defer cancel()
 		if r.info, r.err = rt.Info(ctx); r.err == nil {
 			r.inventory, r.err = rt.List(ctx)
+		}
+	case callImages, callDiscard:
+		store, ok := rt.(sdk.ImageStore)
+		if !ok {
+			r.err = sdk.Errorf(sdk.Unsupported, "look after images", "runtime %s keeps no account of them", j.Runtime)
+			return r
+		}
+		ctx, cancel = within(imagesTimeout)
+		defer cancel()
+		if j.Verb == callDiscard {
+			r.err = store.RemoveImage(ctx, j.Image)
+		} else {
+			r.images, r.err = store.Images(ctx)
 		}
 	case callPrepare:
 		ctx, cancel = within(prepareTimeout)

@@ -33,6 +33,8 @@ const (
 	callRemove    verb = "remove"
 	callProbe     verb = "probe"
 	callForget    verb = "forget" // the task's outputs and volumes
+	callImages    verb = "list images"
+	callDiscard   verb = "remove image"
 )
 
 func (v verb) decision() bool {
@@ -50,6 +52,7 @@ type action struct {
 	Reason  string
 	Status  string
 	Devices []DeviceRef // of an attempt
+	Image   string      // digest, of an image to remove
 }
 
 // never is a time that no timer waits for.
@@ -62,6 +65,7 @@ func plan(s *State, now time.Duration) ([]action, time.Duration) {
 	p := &planner{s: s, now: now, wake: never}
 	for _, name := range slices.Sorted(maps.Keys(s.Runtimes)) {
 		p.runtime(s.Runtimes[name])
+		p.images(s.Runtimes[name])
 	}
 	excess := p.excess()
 	for _, t := range s.Tasks {
@@ -74,8 +78,10 @@ func plan(s *State, now time.Duration) ([]action, time.Duration) {
 			p.run(t)
 		}
 	}
-	if at := p.s.nextAway(); at != never {
-		p.due(at) // write is asked at every step
+	for _, at := range []time.Duration{s.nextAway(), s.nextUnused()} {
+		if at != never {
+			p.due(at) // write looks at every step
+		}
 	}
 	return p.acts, p.wake
 }
@@ -104,7 +110,7 @@ func (p *planner) due(at time.Duration) bool {
 
 // after is t + d, for durations that may mean "for ever".
 func after(t, d time.Duration) time.Duration {
-	if d > math.MaxInt64-t {
+	if t > 0 && d > math.MaxInt64-t {
 		return math.MaxInt64
 	}
 	return t + d
@@ -301,6 +307,9 @@ func (p *planner) hopeless(t *Task, c *Container, d *wire.Dependency) string {
 
 // pulls plans one pull for each image still to be resolved.
 func (p *planner) pulls(t *Task, rt *runtimeState) {
+	if rt.images.busy == callDiscard {
+		return // what is being removed may be what is to be pulled
+	}
 	under := map[string]bool{}
 	for _, c := range t.Containers {
 		if c.pulling {

@@ -20,6 +20,7 @@ func stateOf(spec *wire.TaskSpec, change func(*State, *Task)) *State {
 	s.add(t)
 	rt := s.runtime(defaultRuntime)
 	rt.known, rt.info, rt.listAt = true, sdk.RuntimeInfo{Images: true, Exec: true}, time.Hour
+	rt.images.none = true
 	t.prepared, t.inRuntime = true, true
 	for _, c := range t.Containers {
 		c.Image, c.Digest = "image", "sha256:1"

@@ -273,6 +273,8 @@ type RuntimeSnapshot struct {
 	Name  string
 	Known bool // listed since it was last seen down
 	Error string
+	// Images is nil while nothing is known of them, or where there are none.
+	Images *ImagesSnapshot
 }
 
 func (s *State) snapshot() Snapshot {
@@ -296,7 +298,7 @@ func (s *State) snapshot() Snapshot {
 		out.Tasks = append(out.Tasks, ts)
 	}
 	for name, rt := range s.Runtimes {
-		out.Runtimes = append(out.Runtimes, RuntimeSnapshot{Name: name, Known: rt.known, Error: rt.retry.err})
+		out.Runtimes = append(out.Runtimes, RuntimeSnapshot{Name: name, Known: rt.known, Error: rt.retry.err, Images: s.imagesSnapshot(rt)})
 		for _, a := range strayAttempts(rt) {
 			if !s.trusted && s.task(a.Task) == nil {
 				out.Problems = append(out.Problems, fmt.Sprintf(

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -26,12 +28,17 @@ type simRuntime struct {
 	// next is how the next call goes wrong; "" for well.
 	next string
 	pid  int
+
+	// images by digest, with their references; nil: it keeps no account.
+	images map[string][]string
+	disk   sdk.Disk
 }
 
 type simContainer struct {
 	state sdk.State
 	code  *int
 	pid   int
+	image string
 
 	devices []string
 }
@@ -89,7 +96,7 @@ func (r *simRuntime) exit(a sdk.Attempt, code *int) {
 
 func (r *simRuntime) see(a sdk.Attempt) sdk.Container {
 	c := r.containers[a]
-	s := sdk.Container{Attempt: a, RuntimeID: a.String(), State: c.state, PID: c.pid, ExitCode: c.code, ImageDigest: "sha256:1"}
+	s := sdk.Container{Attempt: a, RuntimeID: a.String(), State: c.state, PID: c.pid, ExitCode: c.code, ImageDigest: cmp.Or(c.image, "sha256:1")}
 	if c.state == sdk.StateExited && c.code == nil {
 		s.Reason = "nobody saw it"
 	}
@@ -130,6 +137,16 @@ func (r *simRuntime) Pull(_ context.Context, p sdk.PullRequest, progress func(sd
 		return sdk.Image{}, err
 	}
 	progress(sdk.PullProgress{Layers: 1})
+	if r.images != nil {
+		name, _, pinned := strings.Cut(p.Image, "@")
+		repo := repository(name)
+		digest := "sha256:" + repo
+		if pinned && !strings.HasSuffix(p.Image, "@"+digest) {
+			r.violate("%s was pulled", p.Image)
+		}
+		r.images[digest] = []string{"registry.test/" + repo + "@" + digest}
+		return sdk.Image{Reference: name, Digest: digest}, nil
+	}
 	return sdk.Image{Reference: "registry.test/" + p.Image, Digest: "sha256:1"}, nil
 }
 
@@ -149,11 +166,14 @@ func (r *simRuntime) Start(_ context.Context, q sdk.StartRequest) (sdk.Container
 		if l := r.live(a.Task, a.Container); len(l) > 0 {
 			r.violate("%s was started while %v runs", a, l)
 		}
+		if r.images != nil && r.images[q.Spec.Digest] == nil {
+			r.violate("%s was to start from %s %s, which was removed", a, q.Spec.Image, q.Spec.Digest)
+		}
 		if !r.journal.recorded(a) {
 			r.violate("%s was started before it was on record", a)
 		}
 		r.pid++
-		r.containers[a] = &simContainer{state: sdk.StateRunning, pid: r.pid, devices: r.given(a, q.Spec.Devices)}
+		r.containers[a] = &simContainer{state: sdk.StateRunning, pid: r.pid, image: q.Spec.Digest, devices: r.given(a, q.Spec.Devices)}
 	}
 	if after != nil {
 		return sdk.Container{}, after
@@ -233,6 +253,42 @@ func (r *simRuntime) Exec(_ context.Context, q sdk.ExecRequest) (sdk.ExecResult,
 		return sdk.ExecResult{ExitCode: 1}, nil
 	}
 	return sdk.ExecResult{}, nil
+}
+
+func (r *simRuntime) Images(context.Context) (sdk.ImageInventory, error) {
+	if r.images == nil {
+		return sdk.ImageInventory{}, sdk.Unsupported
+	}
+	before, after := r.trouble()
+	if err := firstOf(before, after); err != nil {
+		return sdk.ImageInventory{}, err
+	}
+	inv := sdk.ImageInventory{Disk: r.disk}
+	for _, d := range slices.Sorted(maps.Keys(r.images)) {
+		inv.Images = append(inv.Images, sdk.StoredImage{Digest: d, References: r.images[d], Bytes: 10, InUse: r.uses(d)})
+	}
+	return inv, nil
+}
+
+func (r *simRuntime) uses(digest string) bool {
+	for _, c := range r.containers {
+		if c.image == digest {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *simRuntime) RemoveImage(_ context.Context, digest string) error {
+	before, after := r.trouble()
+	if before != nil {
+		return before
+	}
+	if r.uses(digest) {
+		return sdk.Conflict
+	}
+	delete(r.images, digest)
+	return after
 }
 
 func firstOf(errs ...error) error {

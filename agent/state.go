@@ -35,6 +35,9 @@ type State struct {
 	away absence       // how long without a session
 	at   time.Duration // of the latest step
 
+	savedUnused   Unused // images
+	savedUnusedAt time.Duration
+
 	devices []PluginDevices // the latest inventory
 	began   time.Duration   // this life of the agent
 }
@@ -48,6 +51,7 @@ type Limits struct {
 	KeepStopped time.Duration
 	// KeepStoppedTasks bounds how many stopped tasks are kept so.
 	KeepStoppedTasks int
+	Images           ImagePolicy
 }
 
 const (
@@ -75,6 +79,7 @@ type runtimeState struct {
 	again   bool // asked for while listing: what is under way may be too old
 	listAt  time.Duration
 	retry   retry
+	images  imageState
 	strays  map[sdk.Attempt]*stray
 	tasks   map[string]*stray // prepared tasks nobody knows
 }
@@ -95,6 +100,10 @@ func newState(l Limits, bootID string, saved Saved, now time.Duration, jitter fu
 		Runtimes: map[string]*runtimeState{}, Problems: saved.Problems,
 		away:  loadAbsence(saved.Away, bootID, now),
 		began: now, trusted: len(saved.Problems) == 0, resync: len(saved.Problems) > 0, jitter: jitter,
+	}
+	s.savedUnusedAt = now
+	if saved.Unused != nil {
+		s.savedUnused = *saved.Unused
 	}
 	for _, st := range saved.Tasks {
 		s.load(st, now)

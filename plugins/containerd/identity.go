@@ -14,6 +14,7 @@ import (
 const (
 	labelPrefix    = "belay."
 	labelOwner     = "belay.owner"
+	labelAlso      = "belay.also." // + owner: on images, of further agents in the namespace
 	labelTask      = "belay.task"
 	labelContainer = "belay.container"
 	labelAttempt   = "belay.attempt"

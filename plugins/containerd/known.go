@@ -24,6 +24,7 @@ type known struct {
 	config   ocispec.ImageConfig
 	chain    string           // name of the snapshot of all its layers; empty without layers
 	bytes    uint64           // of its blobs
+	unpacked uint64           // of its snapshots; 0: not asked yet
 	layers   sdk.PullProgress // what is said of a pull that found them all
 	read     bool             // the above is there
 
@@ -71,6 +72,18 @@ func (k *knowledge) note(d digest.Digest, change func(*known)) {
 	}
 	change(&i)
 	k.images[d] = i
+}
+
+// forget drops what is remembered of an image that was removed.
+func (k *knowledge) forget(d digest.Digest) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.images, d)
+	for asked, manifest := range k.manifests {
+		if manifest == d {
+			delete(k.manifests, asked)
+		}
+	}
 }
 
 func (k *knowledge) user(d digest.Digest, name string) (specs.User, bool) {

@@ -45,6 +45,8 @@ func (p *Plugin) Info() sdk.Info {
 	return sdk.Info{Name: Name, Version: p.version, Kinds: []sdk.Kind{sdk.KindRuntime}}
 }
 
+var _ sdk.ImageStore = (*Runtime)(nil)
+
 // Runtime implements sdk.RuntimePlugin.
 func (p *Plugin) Runtime() sdk.Runtime { return &p.rt }
 
@@ -75,6 +77,7 @@ type Runtime struct {
 
 	mu          sync.Mutex
 	snapshotter string // chosen, once known
+	snapshots   string // the directory it keeps them in, if containerd says
 }
 
 func (r *Runtime) configure(c sdk.Config) error {

@@ -141,6 +141,9 @@ func (p *pull) local(ctx context.Context, d digest.Digest) (sdk.Image, bool, err
 			return sdk.Image{}, false, err
 		}
 	}
+	if err := p.share(ctx, rec); err != nil && !errdefs.IsNotFound(err) {
+		return sdk.Image{}, false, err
+	}
 	p.progress(about.layers)
 	return p.image(rec.Target, about), true, nil
 }

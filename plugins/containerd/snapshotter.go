@@ -54,7 +54,7 @@ func (r *Runtime) chooseSnapshotter(ctx context.Context) (string, error) {
 		return "", sdk.Errorf(sdk.Unsupported, "", "containerd has no snapshotter %q", want).WithHint("set snapshotter to one that `ctr plugins ls` shows as ok")
 	}
 	r.mu.Lock()
-	r.snapshotter = want
+	r.snapshotter, r.snapshots = want, roots[want]
 	r.mu.Unlock()
 	return want, nil
 }

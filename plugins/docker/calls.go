@@ -19,6 +19,7 @@ type daemonInfo struct {
 	CgroupVersion  string
 	InitBinary     string
 	CDISpecDirs    []string // of a daemon that knows CDI and is told to use it
+	DockerRootDir  string
 	MemoryLimit    bool
 	SwapLimit      bool
 	CPUShares      bool
@@ -196,6 +197,39 @@ func (e *engine) imageExists(ctx context.Context, ref string) (bool, error) {
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// storedImage is what is used of GET /images/NAME/json.
+type storedImage struct {
+	ID   string `json:"Id"`
+	Size int64
+}
+
+// image reads about an image; nil when there is none.
+func (e *engine) image(ctx context.Context, ref string) (*storedImage, error) {
+	var i storedImage
+	err := e.call(ctx, request{method: http.MethodGet, path: "/images/" + ref + "/json"}, &i)
+	if isStatus(err, http.StatusNotFound) {
+		return nil, nil
+	}
+	return &i, err
+}
+
+// imagesInUse are the ids of the images that containers were made from, all
+// containers and anybody's.
+func (e *engine) imagesInUse(ctx context.Context) (map[string]bool, error) {
+	var found []struct{ ImageID string }
+	err := e.call(ctx, request{method: http.MethodGet, path: "/containers/json", query: url.Values{"all": {"1"}}}, &found)
+	used := make(map[string]bool, len(found))
+	for _, c := range found {
+		used[c.ImageID] = true
+	}
+	return used, err
+}
+
+// removeImage drops one reference, and the image when that was the last.
+func (e *engine) removeImage(ctx context.Context, ref string) error {
+	return e.call(ctx, request{method: http.MethodDelete, path: "/images/" + ref}, nil)
 }
 
 func formatInt(n int64) string { return strconv.FormatInt(n, 10) }

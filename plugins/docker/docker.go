@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -47,7 +48,7 @@ func (p *Plugin) Configure(_ context.Context, c sdk.Config) error { return p.rt.
 type Runtime struct {
 	log      *slog.Logger
 	cfg      Config
-	stateDir string // tasks/<id>.json: what PrepareTask was told; images/: what indexes meant
+	stateDir string // tasks/<id>.json: what PrepareTask was told; images/: what indexes meant; pulled/: what is ours
 	runDir   string // outputs/<name>/: how far output is copied; emptied by a reboot
 	owner    string // tells this agent's containers from another's
 	bootID   string
@@ -56,6 +57,8 @@ type Runtime struct {
 	copier copier
 	names  keyedMutex // container names, task ids
 	pulls  keyedMutex
+
+	fetching atomic.Int64 // pulls that may be about to have an image
 
 	mu      sync.Mutex
 	ability *daemonInfo // what the daemon said it can do
@@ -78,7 +81,7 @@ func (r *Runtime) configure(c sdk.Config) error {
 	r.bootID = strings.TrimSpace(string(boot))
 	r.engine = newEngine(cfg.Address)
 	r.copier = copier{runDir: c.RunDir, socket: cfg.Address, log: r.log}
-	for _, d := range []string{r.tasksDir(), r.imagesDir(), r.copier.outputs()} {
+	for _, d := range []string{r.tasksDir(), r.imagesDir(), r.pulledDir(), r.copier.outputs()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return sdk.Errorf(sdk.Internal, op, "%w", err)
 		}
@@ -89,6 +92,9 @@ func (r *Runtime) configure(c sdk.Config) error {
 
 func (r *Runtime) tasksDir() string  { return filepath.Join(r.stateDir, "tasks") }
 func (r *Runtime) imagesDir() string { return filepath.Join(r.stateDir, "images") }
+func (r *Runtime) pulledDir() string { return filepath.Join(r.stateDir, "pulled") }
+
+var _ sdk.ImageStore = (*Runtime)(nil)
 
 // Info implements sdk.Runtime.
 func (r *Runtime) Info(ctx context.Context) (sdk.RuntimeInfo, error) {

@@ -93,8 +93,18 @@ func (r *Runtime) Pull(ctx context.Context, q sdk.PullRequest, progress func(sdk
 		return sdk.Image{}, r.fail(op, err)
 	}
 	if !here {
+		// It is ours from now on, and if the plugin dies as the daemon gets it.
+		r.fetching.Add(1)
+		defer r.fetching.Add(-1)
+		if err := r.noteOurs(ref, m.Digest); err != nil {
+			return sdk.Image{}, r.fail(op, err)
+		}
 		if err := r.fetch(ctx, ref, creds, m, progress); err != nil {
 			return sdk.Image{}, r.failPull(op, reference.Domain(named), creds != nil, err)
+		}
+		// Images that looked in between may have taken the mark for stale.
+		if err := r.noteOurs(ref, m.Digest); err != nil {
+			return sdk.Image{}, r.fail(op, err)
 		}
 	}
 	// By its digest it needs no network any more, nor does what it was asked as.
