@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -251,6 +252,27 @@ func (d *device) Status() localapi.Status {
 		s.Tasks[t.Status.GetLastStatus()]++
 	}
 	s.Problems = append(s.Problems, snap.Problems...)
+	slices.SortFunc(snap.Runtimes, func(a, b agent.RuntimeSnapshot) int { return strings.Compare(a.Name, b.Name) })
+	for _, rt := range snap.Runtimes {
+		i := rt.Images
+		if i == nil {
+			continue
+		}
+		if s.Images == nil {
+			s.Images = map[string]localapi.Images{}
+		}
+		s.Images[rt.Name] = localapi.Images{
+			Count: i.Count, Bytes: i.Bytes, Unused: i.Unused, UnusedBytes: i.UnusedBytes,
+			DiskTotalBytes: i.Disk.TotalBytes, DiskFreeBytes: i.Disk.FreeBytes, Removed: i.Removed, FreedBytes: i.FreedBytes,
+		}
+		switch {
+		case i.Stuck:
+			s.Problems = append(s.Problems, fmt.Sprintf("the disk with the images of %s is %d %% full and no unused image is left to remove: make room on it",
+				rt.Name, usedPercent(i.Disk.TotalBytes, i.Disk.FreeBytes)))
+		case i.Error != "":
+			s.Problems = append(s.Problems, "the images of "+rt.Name+" cannot be looked after: "+i.Error)
+		}
+	}
 	for _, p := range d.runtimes.Status() {
 		if p.State == host.Failed || p.State == host.Quarantined {
 			s.Problems = append(s.Problems, "plugin "+p.Name+" is "+string(p.State)+": "+p.Error)
@@ -307,4 +329,11 @@ func (d *device) Plugins() []localapi.Plugin {
 		})
 	}
 	return out
+}
+
+func usedPercent(total, free uint64) uint64 {
+	if total == 0 {
+		return 0
+	}
+	return uint64(float64(total-min(free, total)) / float64(total) * 100)
 }

@@ -98,6 +98,17 @@ func statusTable(t terminal, s localapi.Status) error {
 	}
 	row("Tasks", "%s", strings.Join(tasks, ", "))
 	row("Offers", "%d CPU shares, %d MiB of memory", s.CPU, s.MemoryMiB)
+	for _, name := range slices.Sorted(maps.Keys(s.Images)) {
+		i := s.Images[name]
+		disk, removed := "", ""
+		if i.DiskTotalBytes > 0 {
+			disk = fmt.Sprintf("; disk %d %% used", usedPercent(i.DiskTotalBytes, i.DiskFreeBytes))
+		}
+		if i.Removed > 0 {
+			removed = fmt.Sprintf("; %d removed, %d MiB freed", i.Removed, mib(i.FreedBytes))
+		}
+		row("Images", "%s: %d of %d MiB, %d of them (%d MiB) unused%s%s", name, i.Count, mib(i.Bytes), i.Unused, mib(i.UnusedBytes), disk, removed)
+	}
 	for _, p := range s.Problems {
 		row("Problem", "%s", p)
 	}
@@ -175,3 +186,6 @@ func pluginsCommand(t terminal) *cobra.Command {
 			})
 		})
 }
+
+// mib rounds up: what is there at all is not nothing.
+func mib(bytes uint64) uint64 { return (bytes + 1<<20 - 1) >> 20 }

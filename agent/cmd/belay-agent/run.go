@@ -108,7 +108,11 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		PullGiveUp:       orElse(time.Duration(cfg.PullGiveUp), forEver),
 		KeepStopped:      orElse(time.Duration(cfg.KeepStopped), time.Nanosecond),
 		KeepStoppedTasks: cfg.KeepStoppedTasks,
-		ShutdownWait:     loopStop,
+		Images: &agent.ImagePolicy{
+			KeepUnused: time.Duration(cfg.Images.KeepUnused), MinAge: time.Duration(cfg.Images.MinAge),
+			HighPercent: cfg.Images.HighPercent, LowPercent: cfg.Images.LowPercent,
+		},
+		ShutdownWait: loopStop,
 	})
 	if err != nil {
 		return err

@@ -29,6 +29,7 @@ type Config struct {
 	ReservedPorts    []Ports           `toml:"reserved_ports"`
 	Log              Log               `toml:"log"`
 	Reserve          Reserve           `toml:"reserve"`
+	Images           Images            `toml:"images"`
 	Attributes       map[string]string `toml:"attributes"`
 	// Plugins are the tables of this file; Plugin adds the files beside it.
 	Plugins map[string]Table `toml:"plugins"`
@@ -48,6 +49,14 @@ type Reserve struct {
 	MemoryMiB  uint64 `toml:"memory_mib"`
 }
 
+// Images says which images that no task needs are removed.
+type Images struct {
+	KeepUnused  Duration `toml:"keep_unused"` // 0: for ever
+	HighPercent int      `toml:"high_percent"`
+	LowPercent  int      `toml:"low_percent"`
+	MinAge      Duration `toml:"min_age"`
+}
+
 // Table is the configuration of one plugin, opaque to the agent.
 type Table map[string]any
 
@@ -65,6 +74,7 @@ func Default() Config {
 		ReservedPorts:    []Ports{{Port: 22, Protocol: "tcp"}},
 		Log:              Log{Level: "info", Format: "text"},
 		Reserve:          Reserve{CPUPercent: 5, MemoryMiB: 128},
+		Images:           Images{KeepUnused: Duration(7 * 24 * time.Hour), HighPercent: 85, LowPercent: 80, MinAge: Duration(2 * time.Minute)},
 	}
 }
 

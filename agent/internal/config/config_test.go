@@ -178,6 +178,8 @@ func TestLoadErrorsNameKeyAndLine(t *testing.T) {
 		{"port zero", "reserved_ports = [\"0\"]", nil, []string{"\"0\" is not a port"}},
 		{"every bad value", "transport = \"pigeon\"\nrun_dir = \"run\"\n[reserve]\ncpu_percent = 95", nil, []string{"transport is \"pigeon\"", "run_dir is \"run\": must be an absolute path", "cpu_percent is 95"}},
 		{"negative memory", "[reserve]\nmemory_mib = -1", nil, []string{"agent.toml:3:"}},
+		{"image policy", "[images]\nkeep_unused = \"-1s\"\nmin_age = \"-1s\"\nhigh_percent = 101", nil, []string{"images.keep_unused is -1s", "images.min_age is -1s", "images.high_percent is 101"}},
+		{"marks upside down", "[images]\nhigh_percent = 50", nil, []string{"images.low_percent is 80: must be 0 to high_percent, which is 50"}},
 		{"reserved attribute", "[attributes]\n\"belay.arch\" = \"z80\"", nil, []string{"belay.arch", "agent's own"}},
 		{"no JSON for it", "[plugins.p]\nx = inf", nil, []string{"plugin p"}},
 		{"plugin name", "[plugins.Nope]\nx = 1", nil, []string{"plugins.\"Nope\""}},

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -119,6 +120,18 @@ func (c *Config) Validate() error {
 	}
 	if c.Reserve.CPUPercent < 0 || c.Reserve.CPUPercent > 90 {
 		bad("reserve.cpu_percent is %d: must be 0 to 90", c.Reserve.CPUPercent)
+	}
+	const decade = Duration(10 * 365 * 24 * time.Hour)
+	if k := c.Images.KeepUnused; k < 0 || k > decade {
+		bad("images.keep_unused is %s: must be 0s (for ever) to ten years", time.Duration(k))
+	}
+	if a := c.Images.MinAge; a < 0 || a > decade {
+		bad("images.min_age is %s: must be 0s to ten years", time.Duration(a))
+	}
+	if h := c.Images.HighPercent; h < 1 || h > 100 {
+		bad("images.high_percent is %d: must be 1 to 100 (which is never)", h)
+	} else if l := c.Images.LowPercent; l < 0 || l > h {
+		bad("images.low_percent is %d: must be 0 to high_percent, which is %d", l, h)
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Attributes)) {
 		switch {

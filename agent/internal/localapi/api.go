@@ -20,8 +20,23 @@ type Status struct {
 	Attributes map[string]string `json:"attributes"`
 	CPU        uint64            `json:"cpu"` // offered to tasks, 1024 a CPU
 	MemoryMiB  uint64            `json:"memoryMiB"`
+	// Images are those of each runtime that keeps an account of them.
+	Images map[string]Images `json:"images,omitempty"`
 	// Problems are what an operator should look at, one sentence each.
 	Problems []string `json:"problems,omitempty"`
+}
+
+// Images are what Belay pulled for a runtime.
+type Images struct {
+	Count          int    `json:"count"`
+	Bytes          uint64 `json:"bytes"` // about: what images share counts for each
+	Unused         int    `json:"unused"`
+	UnusedBytes    uint64 `json:"unusedBytes"`
+	DiskTotalBytes uint64 `json:"diskTotalBytes,omitempty"` // of the file system they are on
+	DiskFreeBytes  uint64 `json:"diskFreeBytes,omitempty"`
+	// Removed and FreedBytes count since the agent started.
+	Removed    int    `json:"removed"`
+	FreedBytes uint64 `json:"freedBytes"`
 }
 
 // Link is the tunnel to the control plane.
