@@ -34,6 +34,8 @@ func (s *State) decide(a action, now time.Duration) {
 		t.Status = advance(t.Status, a.Status)
 		if t.Status == Stopped {
 			t.stoppedAt = now
+			im := &s.runtime(t.runtimeName()).images
+			im.at = min(im.at, now+imagesSoon) // its images may be unused from now on
 		}
 	case decideAttempt:
 		c := t.container(a.Attempt.Container)
