@@ -50,7 +50,7 @@ func serveRaw() {
 		out := answer
 		switch method {
 		case pluginv2.Plugin_Describe_FullMethodName:
-			out = marshal(&pluginv2.DescribeResponse{Name: "good", Version: "raw", Kinds: []string{"runtime", "device", "novel"}})
+			out = marshal(&pluginv2.DescribeResponse{Name: "good", Version: "raw", Kinds: []string{"runtime", "device", "novel"}, Abilities: []string{"levitation", "images"}})
 			if os.Getenv("TEST_DESCRIBE") != "" {
 				out = answer
 			}
@@ -120,6 +120,16 @@ func TestAnswersThatBreakTheContract(t *testing.T) {
 		_, err := r.Info(ctx)
 		return err
 	}
+	images := func(ctx context.Context, p *host.Plugin) error {
+		r, _ := p.Runtime()
+		_, err := r.(sdk.ImageStore).Images(ctx)
+		return err
+	}
+	image := func(change func(*pluginv2.StoredImage)) proto.Message {
+		i := &pluginv2.StoredImage{Digest: "sha256:1", References: []string{"a@sha256:1"}}
+		change(i)
+		return &pluginv2.ImagesResponse{Images: []*pluginv2.StoredImage{i}}
+	}
 	watch := func(ctx context.Context, p *host.Plugin) error {
 		d, _ := p.Devices()
 		return d.Watch(ctx, func(found []sdk.Device) {
@@ -150,6 +160,10 @@ func TestAnswersThatBreakTheContract(t *testing.T) {
 		{"an answer for another attempt", &pluginpb.StartResponse{Container: &pluginpb.Container{Attempt: attempt, State: "running"}}, start, "answers for t/c/1"},
 		{"an attribute of 10,000 bytes", &pluginpb.InfoResponse{Attributes: map[string]string{"a": long}}, info, "10000"},
 		{"a version of 10,000 bytes", &pluginpb.InfoResponse{Version: long}, info, "10000"},
+		{"an image without a digest", image(func(i *pluginv2.StoredImage) { i.Digest = "" }), images, "0 bytes"},
+		{"an image of 10,000 bytes", image(func(i *pluginv2.StoredImage) { i.References = []string{long} }), images, "10000"},
+		{"the same image twice", &pluginv2.ImagesResponse{Images: []*pluginv2.StoredImage{{Digest: "d"}, {Digest: "d"}}}, images, "d is there twice"},
+		{"more free than there is", &pluginv2.ImagesResponse{Disk: &pluginv2.Disk{TotalBytes: 1, FreeBytes: 2}}, images, "of 1 bytes of disk 2 are free"},
 		{"a device of no kind", device(func(d *pluginv2.DeviceInfo) { d.Kind = "" }), watch, "kind"},
 		{"a device with 10,000 bytes of id", device(func(d *pluginv2.DeviceInfo) { d.Id = long }), watch, "10000"},
 		{"edits of 100 KB", &pluginv2.EditsResponse{Env: strings.Split(strings.Repeat(long+"\n", 10), "\n")}, edits, "at most 65536"},

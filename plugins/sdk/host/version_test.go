@@ -129,6 +129,9 @@ func TestPluginOfVersion1StillWorks(t *testing.T) {
 		t.Error("it has devices")
 	}
 	r := runtime(t, p)
+	if _, ok := r.(sdk.ImageStore); ok {
+		t.Error("it is an image store, which nobody told its author of")
+	}
 	ctx := t.Context()
 	task := strings.Repeat("a", 32)
 	if err := r.PrepareTask(ctx, sdk.TaskSpec{ID: task, Network: sdk.NetworkNone, Containers: []string{"c"}}); err != nil {
@@ -267,5 +270,33 @@ func TestConfigurationIsCheckedBeforeItIsHandedOver(t *testing.T) {
 		if _, err := launchDevices(t, config); !errors.Is(err, sdk.Invalid) || !strings.Contains(err.Error(), word) {
 			t.Errorf("%s: %v", config, err)
 		}
+	}
+}
+
+// A runtime that is an image store is one at the other end as well.
+func TestImageStore(t *testing.T) {
+	r := runtime(t, launch(t, "good"))
+	store, ok := r.(sdk.ImageStore)
+	if !ok {
+		t.Fatal("the runtime is no image store")
+	}
+	ctx := t.Context()
+	img, err := r.Pull(ctx, sdk.PullRequest{Task: strings.Repeat("a", 32), Image: "registry.test:5000/app:1"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inv, err := store.Images(ctx)
+	want := sdk.ImageInventory{
+		Images: []sdk.StoredImage{{Digest: img.Digest, References: []string{"registry.test:5000/app@" + img.Digest}, Bytes: 100}},
+		Disk:   sdk.Disk{TotalBytes: 1 << 40, FreeBytes: 1 << 39},
+	}
+	if d := cmp.Diff(want, inv); d != "" || err != nil {
+		t.Errorf("%v (-want +got):\n%s", err, d)
+	}
+	if err := store.RemoveImage(ctx, img.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if inv, err := store.Images(ctx); err != nil || len(inv.Images) != 0 {
+		t.Errorf("after it was removed: %+v, %v", inv, err)
 	}
 }
