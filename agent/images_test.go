@@ -242,3 +242,24 @@ func TestNeededImagesNeverGo(t *testing.T) {
 		}
 	})
 }
+
+// What is being removed may be what is to be pulled, and the other way round.
+func TestNoPullDuringARemoval(t *testing.T) {
+	for busy, want := range map[verb]int{"": 1, callImages: 1, callDiscard: 0} {
+		s := stateOf(&wire.TaskSpec{Containers: []*wire.Container{essential("main")}}, func(s *State, task *Task) {
+			task.container("main").Digest = ""
+			s.runtime(defaultRuntime).images.none = false
+			s.runtime(defaultRuntime).images.busy = busy
+		})
+		acts, _ := plan(s, time.Second)
+		pulls := 0
+		for _, a := range acts {
+			if a.Verb == callPull {
+				pulls++
+			}
+		}
+		if pulls != want {
+			t.Errorf("%d pulls while %q is under way, want %d", pulls, busy, want)
+		}
+	}
+}
