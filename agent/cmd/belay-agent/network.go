@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"github.com/belay-edge/belay/agent/internal/config"
+	"github.com/belay-edge/belay/agent/internal/link"
 	"github.com/belay-edge/belay/agent/internal/system"
+	"github.com/belay-edge/belay/agent/internal/watchdog"
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
 )
 
@@ -33,12 +35,34 @@ func proxyOf(cfg config.Config) (*carrier.Proxy, error) {
 	return p, nil
 }
 
+// watchReach has the tunnel built anew when it stays away for long, and ends
+// the agent when that does not help although the control plane is there.
+func (d *device) watchReach(ctx context.Context) error {
+	if d.link == nil {
+		<-ctx.Done()
+		return nil
+	}
+	pulse, done := d.dog.Watch("reach", 2*time.Minute)
+	defer done()
+	return watchdog.Reach{
+		Registered: func() bool {
+			s := d.link.Status()
+			return s.State == link.StateConnected || s.Refused
+		},
+		Answers: d.link.Answers, Rebuild: d.link.Rebuild, Logger: d.log,
+	}.Run(ctx, pulse)
+}
+
 // watchAgain is how long to wait when the kernel does not tell of changes.
 const watchAgain = time.Minute
 
 // watchNetwork tells the link of changes. An agent that cannot watch works all
 // the same: the link notices by itself, later.
 func (d *device) watchNetwork(ctx context.Context) error {
+	if d.link == nil {
+		<-ctx.Done()
+		return nil
+	}
 	for said := false; ; said = true {
 		err := system.WatchNetwork(ctx, func() { d.link.NetworkChanged("addresses or routes have changed") })
 		if ctx.Err() != nil {

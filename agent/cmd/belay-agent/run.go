@@ -226,7 +226,7 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
 		Capabilities: []string{wire.CapabilityDevices, wire.CapabilityDisconnect},
-		Facts:        d.told(), Clock: clock, Logger: d.log, Proxy: proxy,
+		Facts:        d.told(), Clock: clock, Logger: d.log, Proxy: proxy, Watch: d.dog.Watch,
 		ProbeFirst: time.Duration(d.cfg.Tunnel.ProbeFirst), ProbeMost: time.Duration(d.cfg.Tunnel.ProbeMost),
 		Known: known(d.cfg.StateDir), Resolved: remember(d.cfg.StateDir, d.log),
 		Remember: func(addresses []string) {
@@ -254,6 +254,7 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 	})
 	g.start("tunnel", d.tunnel)
 	g.start("network changes", d.watchNetwork)
+	g.start("reach", d.watchReach)
 	g.start("plugin changes", func(ctx context.Context) error { return d.runtimes.run(ctx, d.dog) })
 	g.start("facts", d.keepFacts)
 	g.start("local API", api.Run)

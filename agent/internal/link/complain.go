@@ -51,6 +51,7 @@ func (l *Link) resting(err error, wait time.Duration, said *complaints) {
 	}
 	l.setStatus(func(s *Status) {
 		s.State, s.NextTry, s.LastError = StateWaiting, time.Now().Add(wait), err.Error()
+		s.Refused = errors.As(err, new(*wire.Error)) || errors.Is(err, carrier.ErrWrongPin)
 	})
 }
 

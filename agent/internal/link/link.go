@@ -42,6 +42,9 @@ type Config struct {
 	Clock           agent.Clock
 	Nonce           string // of this start of the agent; "": random
 
+	// Watch has a loop watched until done is called: it receives from pulse
+	// whenever it waits, and is stuck when it has not for deadline. Nil: none is.
+	Watch func(name string, deadline time.Duration) (pulse <-chan struct{}, done func())
 	// Remember is told the control plane's addresses when they change. May
 	// be nil.
 	Remember func(addresses []string)
@@ -75,7 +78,8 @@ type Status struct {
 	Proxy     string    `json:"proxy,omitempty"`     // when connected through one
 	Since     time.Time `json:"since"`               // connected, or not
 	LastError string    `json:"lastError,omitempty"`
-	NextTry   time.Time `json:"nextTry,omitzero"` // when waiting
+	Refused   bool      `json:"refused,omitempty"` // LastError is the control plane's own answer
+	NextTry   time.Time `json:"nextTry,omitzero"`  // when waiting
 	Instance  string    `json:"instance"`
 	Control   string    `json:"controlVersion,omitempty"`
 }
@@ -253,6 +257,26 @@ func (l *Link) setStatus(edit func(*Status)) {
 	if is := l.status.State == StateConnected; is != was {
 		l.status.Since = time.Now()
 	}
+}
+
+// answerTime bounds the question whether one address answers.
+const answerTime = 10 * time.Second
+
+// Answers tells whether a control plane's port takes TCP connections, asked by
+// nothing that the link uses or remembers but the addresses.
+func (l *Link) Answers(ctx context.Context) bool {
+	l.mu.Lock()
+	addresses := slices.Clone(l.addresses)
+	l.mu.Unlock()
+	for _, a := range addresses[:min(len(addresses), raceWidth)] {
+		asked, cancel := context.WithTimeout(ctx, answerTime)
+		err := carrier.Reach(asked, a, l.cfg.Proxy)
+		cancel()
+		if err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 func (l *Link) dialCarrier(ctx context.Context, transport, address string) (wire.Session, error) {

@@ -88,7 +88,17 @@ func (l *Link) Run(ctx context.Context) error {
 	return nil
 }
 
+// keeperDeadline is more than the loop waits anywhere: for the parts of a
+// search to end, once they were told to.
+const keeperDeadline = 2 * time.Minute
+
 func (k *keeper) run(ctx context.Context) {
+	var pulse <-chan struct{}
+	if k.l.cfg.Watch != nil {
+		var done func()
+		pulse, done = k.l.cfg.Watch("tunnel", keeperDeadline)
+		defer done()
+	}
 	k.seek(ctx, nil)
 	for ctx.Err() == nil {
 		var won <-chan *session
@@ -102,6 +112,7 @@ func (k *keeper) run(ctx context.Context) {
 		}
 		select {
 		case <-ctx.Done():
+		case <-pulse:
 		case s := <-won:
 			k.take(ctx, s)
 		case err := <-failed:

@@ -197,7 +197,7 @@ func (s *session) serve(all *sync.WaitGroup) error {
 	}
 	l.setStatus(func(st *Status) {
 		st.State, st.Transport, st.Address, st.Proxy = StateConnected, s.conn.Transport(), s.address, proxy
-		st.Control, st.LastError, st.NextTry = s.welcome.ControlVersion, "", time.Time{}
+		st.Control, st.LastError, st.Refused, st.NextTry = s.welcome.ControlVersion, "", false, time.Time{}
 	})
 	l.log.Info("connected", "address", s.address, "transport", s.conn.Transport(), "control", s.welcome.ControlVersion, "proxy", proxy)
 	s.rememberAddresses()

@@ -79,6 +79,22 @@ func dialTCP(ctx context.Context, cfg DialConfig, conf *tls.Config) (wire.Sessio
 	return s, nil
 }
 
+// Reach asks whether anything takes TCP connections at an address, through the
+// proxy if that is the way there, and by nothing that was used before.
+func Reach(ctx context.Context, address string, proxy *Proxy) error {
+	var raw net.Conn
+	var err error
+	if through := proxy.of(address); through != nil {
+		raw, err = dialProxy(ctx, through, address, NewResolver(nil, nil))
+	} else {
+		raw, err = dialDirect(ctx, address, NewResolver(nil, nil))
+	}
+	if err != nil {
+		return err
+	}
+	return raw.Close()
+}
+
 // dialDirect races the addresses of the host.
 func dialDirect(ctx context.Context, address string, r *Resolver) (net.Conn, error) {
 	addrs, err := r.resolve(ctx, "tcp", address)
