@@ -50,21 +50,27 @@ func NewControlPlane(t testing.TB) *ControlPlane {
 // Address is host:port.
 func (c *ControlPlane) Address() string { return c.Addr().String() }
 
-// Next waits for a session and its control stream, Open not yet read.
+// Next waits for a session and its control stream, Open not yet read. A session
+// that ends without one lost a race of the device's, and is passed over.
 func (c *ControlPlane) Next(t testing.TB) *Peer {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
-	s, err := c.Accept(ctx)
-	if err != nil {
-		t.Fatalf("no session came: %v", err)
+	for {
+		s, err := c.Accept(ctx)
+		if err != nil {
+			t.Fatalf("no session came: %v", err)
+		}
+		stream, err := s.AcceptStream(ctx)
+		if err == nil {
+			t.Cleanup(func() { s.Close("", "") })
+			return &Peer{Session: s, Control: stream, t: t}
+		}
+		s.Close("", "")
+		if ctx.Err() != nil {
+			t.Fatalf("no control stream came: %v", err)
+		}
 	}
-	t.Cleanup(func() { s.Close("", "") })
-	stream, err := s.AcceptStream(ctx)
-	if err != nil {
-		t.Fatalf("no control stream came: %v", err)
-	}
-	return &Peer{Session: s, Control: stream, t: t}
 }
 
 // NewDevice makes a device's key.
