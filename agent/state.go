@@ -25,6 +25,10 @@ type State struct {
 	trusted bool
 	// resync: tell the control plane that nothing is held, to get it all.
 	resync bool
+	// tellAll: the control plane, restored from a backup, is to be told all.
+	tellAll bool
+	// mark is the latest of the control plane's history that was seen.
+	mark Mark
 
 	savedApplied Applied
 	tick         uint64 // grows with every begin and end of a call
@@ -90,11 +94,26 @@ func newState(l Limits, bootID string, saved Saved, now time.Duration, jitter fu
 		Limits: l, BootID: bootID, Applied: saved.Applied, savedApplied: saved.Applied,
 		Runtimes: map[string]*runtimeState{}, Problems: saved.Problems,
 		began: now, trusted: len(saved.Problems) == 0, resync: len(saved.Problems) > 0, jitter: jitter,
+		mark: saved.mark(),
 	}
 	for _, st := range saved.Tasks {
 		s.load(st, now)
 	}
 	return s
+}
+
+// mark is the latest of the control plane's history that anything saved relies
+// on. Assignments know theirs, for when the record of the set is missing: it
+// was cut short, or damage took it.
+func (s Saved) mark() Mark {
+	m := s.Applied.Mark
+	for _, t := range s.Tasks {
+		own := t.Assignment.GetMark()
+		if (t.Origin == "" || s.Applied.Life == "") && own.GetLife() != "" && own.GetRevision() > m.Revision {
+			m = Mark{Life: own.GetLife(), Revision: own.GetRevision()}
+		}
+	}
+	return m
 }
 
 // load makes a task of what was persisted. What ran is unknown until listed.

@@ -50,6 +50,7 @@ func (t *tunnels) Disconnect(id, code, message string) {
 	defer t.mu.Unlock()
 	t.disconnected = append(t.disconnected, id)
 }
+func (t *tunnels) Rebind(string) {}
 func (t *tunnels) Logs(context.Context, string, *wire.LogsRequest, func(*wire.Chunk) error) error {
 	return nil
 }

@@ -192,7 +192,7 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 	return link.New(link.Config{
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
-		Capabilities: []string{wire.CapabilityDevices},
+		Capabilities: []string{wire.CapabilityDevices, wire.CapabilityReconcile},
 		Facts:        d.told(), Clock: clock, Logger: d.log,
 		Remember: func(addresses []string) {
 			if err := identity.SetAddresses(d.cfg.StateDir, addresses); err != nil {

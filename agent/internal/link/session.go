@@ -46,11 +46,15 @@ type session struct {
 	sent     map[string]uint64
 	factsGen int
 	ack      ackLevel
+	heldGen  int             // of the holdings made before this session
+	holdings []*wire.Holding // still to be sent, of told
+	told     int
 }
 
 // set is one complete batch of assignments.
 type set struct {
 	full        bool
+	settled     bool
 	sequence    uint64
 	assignments []*wire.Assignment
 }
@@ -73,13 +77,15 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 		Incarnation:     incarnation,
 		Sequence:        sequence,
 		Facts:           l.facts,
+		Mark:            l.mark(),
 	}
 	s := &session{
 		link: l, conn: conn, control: stream,
 		sets: make(chan set, 4), pongs: make(chan uint64, 4),
 		sent: map[string]uint64{}, factsGen: l.factsGen,
 		// Hello says what is held: it needs no acknowledgement.
-		ack: ackLevel{incarnation, sequence},
+		ack:     ackLevel{incarnation, sequence},
+		heldGen: l.heldGen,
 	}
 	l.mu.Unlock()
 	if c := l.cfg.Clock; c != nil {
@@ -110,6 +116,7 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
+	l.welcomed(s.welcome)
 	return s, nil
 }
 
@@ -226,6 +233,10 @@ func (s *session) read(ctx context.Context) error {
 			pending.assignments = append(pending.assignments, b.Assignment)
 		case *wire.Frame_EndOfSet:
 			pending.full, pending.sequence = b.EndOfSet.GetFull(), b.EndOfSet.GetSequence()
+			pending.settled = pending.full && b.EndOfSet.GetSettled()
+			if !s.link.saw(b.EndOfSet.GetMark()) {
+				return errSuperseded
+			}
 			select {
 			case s.sets <- pending:
 			case <-ctx.Done():
@@ -233,6 +244,9 @@ func (s *session) read(ctx context.Context) error {
 			}
 			pending = set{}
 		case *wire.Frame_StatusAck:
+			if !s.link.saw(b.StatusAck.GetMark()) {
+				return errSuperseded
+			}
 			s.link.acked(b.StatusAck.GetSequence())
 		case *wire.Frame_Ping:
 			select {
@@ -267,7 +281,7 @@ func (s *session) apply(ctx context.Context) error {
 			}
 		case <-retry:
 		}
-		err := s.link.down.Assign(ctx, s.welcome.Incarnation, todo.full, todo.assignments, todo.sequence)
+		err := s.assign(ctx, todo)
 		switch {
 		case err == nil:
 			s.link.AckAssignments(s.welcome.Incarnation, todo.sequence)
@@ -285,7 +299,7 @@ func (s *session) apply(ctx context.Context) error {
 // and is a set that waits with a later one added to it.
 func (s *set) and(next set) *set {
 	if s != nil && !next.full {
-		next.full = s.full
+		next.full, next.settled = s.full, s.settled
 		next.assignments = slices.Concat(s.assignments, next.assignments)
 	}
 	return &next
@@ -410,6 +424,7 @@ func (s *session) news() []*wire.Frame {
 		s.ack = l.ack
 		frames = append(frames, &wire.Frame{Body: &wire.Frame_AssignmentAck{AssignmentAck: &wire.AssignmentAck{Sequence: l.ack.sequence}}})
 	}
+	frames = append(frames, s.newHoldings()...)
 	var due []*wire.TaskStatus
 	for id, st := range l.statuses {
 		if sent, ok := s.sent[id]; !ok || sent != st.Sequence {

@@ -63,6 +63,7 @@ type Hub struct {
 
 	mu       sync.Mutex
 	sessions map[string]*session  // by instance
+	rivals   map[string]*rivals   // by instance, of those that had any
 	seen     map[string]time.Time // by instance, for those without a session
 }
 
@@ -80,6 +81,7 @@ func New(cfg Config) *Hub {
 		cfg: cfg, devices: cfg.Devices, log: cfg.Logger,
 		pending:  make(chan struct{}, maxPending),
 		sessions: map[string]*session{},
+		rivals:   map[string]*rivals{},
 		seen:     map[string]time.Time{},
 	}
 }
@@ -183,9 +185,8 @@ func (h *Hub) install(s *session) {
 	if old == nil {
 		return
 	}
-	if old.nonce != s.nonce && old.machine != s.machine {
-		s.log.Warn("two machines use the key of one instance: enrol each of them by itself",
-			"other", old.wire.RemoteAddr().String())
+	if old.nonce != s.nonce {
+		h.replaced(s.instance, old.nonce)
 	}
 	old.end(wire.Failf(wire.CodeReplaced, "a newer session of this instance took over, from %s", s.wire.RemoteAddr()))
 }
