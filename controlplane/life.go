@@ -21,7 +21,9 @@ type life struct {
 }
 
 // maxLives bounds the list. A device that has been away for longer than so
-// many starts is taken for one that knows more than the store.
+// many starts is taken for one that knows more than the store. One control
+// plane at a time serves from a store: with two, devices of the one would be in
+// conflict with the other.
 const maxLives = 1024
 
 // lives are the known lives of the store, the present one last.
