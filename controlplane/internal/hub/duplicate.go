@@ -65,7 +65,7 @@ func (h *Hub) admitMachine(ctx context.Context, s *session, known controlplane.I
 		return nil
 	case !old.proves(ctx):
 		return nil
-	case returned || old.machine != s.machine && known.HashedMachineID == s.machine:
+	case returned || s.machine != "" && old.machine != s.machine && known.HashedMachineID == s.machine:
 		// The one that has the session is the second machine.
 		failure := h.refuseDuplicate(ctx, old)
 		h.drop(old)
