@@ -89,6 +89,8 @@ type Agent struct {
 	held struct {
 		sync.Mutex
 		applied Applied
+		mark    Mark
+		life    string // of the control plane that welcomed last; "": it knows none
 	}
 
 	// Owned by the goroutine of Run.
@@ -130,6 +132,7 @@ func New(cfg Config) (*Agent, error) {
 		PullGiveUp: cfg.PullGiveUp, KeepStopped: cfg.KeepStopped, KeepStoppedTasks: cfg.KeepStoppedTasks,
 		Images: *cfg.Images,
 	}, cfg.Clock.BootID(), cfg.Saved, a.started, cfg.Jitter)
+	a.held.mark = a.state.mark
 	a.hold()
 	if clock, ok := cfg.Clock.(Sleeper); ok {
 		a.slept = a.started - clock.Awake()
@@ -292,6 +295,8 @@ func (a *Agent) absorb() {
 	in := a.inbox.take()
 	now := a.cfg.Clock.Now()
 	s := a.state
+	s.mark = a.Mark() // after take: marks come before what they vouch for
+	s.tellAll = s.tellAll || in.reconcile
 	for _, d := range in.results {
 		a.running[d.r.Verb.sort()]--
 		delete(a.names, d.name)
@@ -376,10 +381,16 @@ func (a *Agent) Held() (incarnation string, sequence uint64) {
 
 // Assign takes over a received set; nil means that it is persisted.
 func (a *Agent) Assign(ctx context.Context, incarnation string, full bool, set []*wire.Assignment, sequence uint64) error {
+	return a.takeOver(ctx, incarnation, set, sequence, func(s *State, now time.Duration) error {
+		return s.assign(a.cfg.Journal, incarnation, full, set, sequence, now)
+	})
+}
+
+func (a *Agent) takeOver(ctx context.Context, incarnation string, set []*wire.Assignment, sequence uint64, assign func(*State, time.Duration) error) error {
 	var err error
 	asked := a.ask(ctx, func(s *State) {
 		doubted := !s.trusted
-		err = s.assign(a.cfg.Journal, incarnation, full, set, sequence, a.cfg.Clock.Now())
+		err = assign(s, a.cfg.Clock.Now())
 		if err != nil && err.Error() != a.refused {
 			a.tellRefused(set, err)
 		}
@@ -390,6 +401,7 @@ func (a *Agent) Assign(ctx context.Context, incarnation string, full bool, set [
 		if err == nil {
 			a.hold()
 			a.cfg.Uplink.AckAssignments(incarnation, sequence)
+			a.reconcile(s)
 		}
 	})
 	if asked != nil {

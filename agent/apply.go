@@ -523,8 +523,10 @@ func (s *State) progressed(a sdk.Attempt, p sdk.PullProgress) {
 
 // acked says the control plane has a status of the task.
 func (s *State) acked(id string, sequence uint64) {
-	if t := s.task(id); t != nil && t.Status == Stopped && t.report.last.GetLastStatus() == Stopped && sequence >= t.report.last.GetSequence() {
-		t.Acked = true
+	if t := s.task(id); t != nil && t.Status == Stopped && t.report.last.GetLastStatus() == Stopped && sequence >= t.report.last.GetSequence() && !t.Acked {
+		// From now on the task may be forgotten here. A control plane that
+		// later knows nothing of its end must not have it run again.
+		t.Acked, s.Applied.Mark = true, s.mark
 	}
 }
 

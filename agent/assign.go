@@ -21,6 +21,9 @@ func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Ass
 			failed = err
 		}
 	}
+	if incarnation == s.Applied.Incarnation && sequence < s.Applied.Sequence {
+		s.disown(named)
+	}
 	if full {
 		for _, t := range s.Tasks {
 			// Absence speaks only for the incarnation that named the task:
@@ -34,8 +37,12 @@ func (s *State) assign(j Journal, incarnation string, full bool, set []*wire.Ass
 	if failed != nil {
 		return failed
 	}
+	same := s.Applied.Incarnation == incarnation
 	before := s.Applied
-	s.Applied = Applied{Incarnation: incarnation, Sequence: sequence}
+	if s.tellAll || len(set) > 0 || !same || before.Sequence != sequence {
+		// An empty set that says nothing new is worth no write.
+		s.Applied = Applied{Incarnation: incarnation, Sequence: sequence, Mark: s.mark}
+	}
 	if err := s.flush(j, now, true); err != nil {
 		s.Applied = before
 		return err
@@ -56,6 +63,32 @@ func (s *State) speaksFor(incarnation string, t *Task) bool {
 	return t.Origin == incarnation
 }
 
+// disown notes that a set is of before what was applied already: the control
+// plane was restored from a backup. Of what it does not name it may have lost
+// all knowledge, and to it that looks as if it were to be removed.
+func (s *State) disown(named map[string]bool) {
+	for _, t := range s.Tasks {
+		if !named[t.ID] {
+			t.Origin = lostOrigin + s.Applied.Incarnation
+		}
+	}
+}
+
+// lostOrigin begins the origin of a task that its incarnation may have lost.
+const lostOrigin = "lost:"
+
+// assignSettled takes in a full set that counts for all tasks.
+func (s *State) assignSettled(j Journal, incarnation string, set []*wire.Assignment, sequence uint64, now time.Duration) error {
+	for _, t := range s.Tasks {
+		t.Origin = incarnation
+	}
+	if err := s.assign(j, incarnation, true, set, sequence, now); err != nil {
+		return err
+	}
+	s.resent(true)
+	return nil
+}
+
 func (s *State) assignOne(j Journal, incarnation string, a *wire.Assignment) error {
 	id := a.GetTaskId()
 	if id == "" {
@@ -63,12 +96,18 @@ func (s *State) assignOne(j Journal, incarnation string, a *wire.Assignment) err
 	}
 	t := s.task(id)
 	stop := a.GetRemoved() || a.GetDesired() == Stopped
+	if t != nil && a.GetRemoved() && t.Origin != "" && t.Origin != incarnation {
+		return nil // not knowing a task is no wish, see disown
+	}
 	if t == nil {
-		if a.GetRemoved() {
+		if a.GetRemoved() || stop && a.GetSpec() == nil {
 			return nil // nothing to stop, nothing to forget
 		}
 		if _, ok := s.mislaid[id]; ok && a.GetSpec() == nil {
 			return nil // meant for one who holds it; the whole set has been asked for
+		}
+		if s.mark.Life != "" {
+			a.Mark = &wire.Mark{Life: s.mark.Life, Revision: s.mark.Revision}
 		}
 		if err := j.SaveAssignment(a); err != nil {
 			return err // it names the task and the file

@@ -27,7 +27,9 @@ type contents struct {
 	changed bool     // a plugin came up or went down
 	refound bool     // the inventory of devices changed
 	up      *bool
-	asks    []*question
+	// reconcile: the control plane asks for all that is held.
+	reconcile bool
+	asks      []*question
 }
 
 type outcome struct {

@@ -89,10 +89,18 @@ type Doubt struct {
 	Cleared  bool     `json:"cleared,omitempty"` // it is over
 }
 
-// Applied is the last assignment set that was taken over whole.
+// Applied is the last assignment set that was taken over whole, and the latest
+// of the control plane's history that anything on the device relies on.
 type Applied struct {
 	Incarnation string `json:"incarnation"`
 	Sequence    uint64 `json:"sequence"`
+	Mark
+}
+
+// Mark is a moment of the control plane's history, see wire.Mark.
+type Mark struct {
+	Life     string `json:"life,omitempty"`
+	Revision uint64 `json:"revision,omitempty"`
 }
 
 // Desired is the control plane's wish for a task, when it is not RUNNING.
@@ -200,6 +208,30 @@ type Downlink interface {
 	Connected(up bool)
 	// Logs copies a container's kept output: chunk is called in order.
 	Logs(ctx context.Context, r *wire.LogsRequest, chunk func(stream string, data []byte) error) error
+}
+
+// Witness is a Downlink that remembers how much of the control plane's history
+// it relies on, and tells a control plane that was restored from a backup what
+// it holds. Optional.
+type Witness interface {
+	// Mark is the latest mark seen; the zero one before any.
+	Mark() Mark
+	// Welcomed comes before anything else of a session. reconcile: the control
+	// plane asks for all that is held, once the first set is applied.
+	Welcomed(m Mark, reconcile bool)
+	// Saw comes before the set or the acknowledgement that carried the mark.
+	// False: it is of a session that a control plane started later has
+	// superseded, and what carried it counts for nothing.
+	Saw(m Mark) bool
+	// AssignSettled is Assign for a full set that an operator has made count for
+	// all that is held, whoever assigned it.
+	AssignSettled(ctx context.Context, incarnation string, set []*wire.Assignment, sequence uint64) error
+}
+
+// Holder is an Uplink that can tell what the device holds. Optional.
+type Holder interface {
+	// Holdings answers Welcomed's wish to reconcile.
+	Holdings(hs []*wire.Holding)
 }
 
 // Outputs owns the files that attempts write to. Safe for concurrent use.

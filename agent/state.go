@@ -26,6 +26,10 @@ type State struct {
 	// resync: tell the control plane that nothing is held, to get it all.
 	resync bool
 	doubt
+	// tellAll: the control plane, restored from a backup, is to be told all.
+	tellAll bool
+	// mark is the latest of the control plane's history that was seen.
+	mark Mark
 
 	savedApplied Applied
 	tick         uint64 // grows with every begin and end of a call
@@ -101,6 +105,7 @@ func newState(l Limits, bootID string, saved Saved, now time.Duration, jitter fu
 		Runtimes: map[string]*runtimeState{}, Problems: saved.Problems,
 		away:  loadAbsence(saved.Away, bootID, now),
 		began: now, trusted: len(saved.Problems) == 0, resync: len(saved.Problems) > 0, jitter: jitter,
+		mark: saved.mark(),
 	}
 	s.savedUnusedAt = now
 	if saved.Unused != nil {
@@ -120,6 +125,20 @@ func newState(l Limits, bootID string, saved Saved, now time.Duration, jitter fu
 		s.journal = retry{failures: 1, since: now, at: now, err: saved.Unwritable}
 	}
 	return s
+}
+
+// mark is the latest of the control plane's history that anything saved relies
+// on. Assignments know theirs, for when the record of the set is missing: it
+// was cut short, or damage took it.
+func (s Saved) mark() Mark {
+	m := s.Applied.Mark
+	for _, t := range s.Tasks {
+		own := t.Assignment.GetMark()
+		if (t.Origin == "" || s.Applied.Life == "") && own.GetLife() != "" && own.GetRevision() > m.Revision {
+			m = Mark{Life: own.GetLife(), Revision: own.GetRevision()}
+		}
+	}
+	return m
 }
 
 // load makes a task of what was persisted. What ran is unknown until listed.

@@ -17,14 +17,7 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 	if rank(s.GetLastStatus()) < 0 {
 		return Errorf(InvalidArgument, "task %s: %q is no status of a task", s.GetTaskId(), s.GetLastStatus())
 	}
-	for _, text := range []*string{&s.StopCode, &s.StoppedReason, &s.Note} {
-		*text = bounded(*text)
-	}
-	for _, c := range s.Containers {
-		if c != nil {
-			c.Reason = bounded(c.Reason)
-		}
-	}
+	boundStatus(s)
 	if size := proto.Size(s); size > maxReport || len(s.Containers) > maxReported {
 		return Errorf(InvalidArgument, "task %s: a status of %d bytes and %d containers: at most %d and %d are stored", s.TaskId, size, len(s.Containers), maxReport, maxReported)
 	}
@@ -33,11 +26,15 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 		if errors.Is(err, NotFound) {
 			err = p.confirmGone(ctx, s.TaskId, err)
 		}
+		if err == nil && e.V.Instance != instance {
+			err = Errorf(NotFound, "instance %s has no task %s", instance, s.TaskId)
+		}
+		if errors.Is(err, NotFound) {
+			c, err := p.reportUnknown(ctx, instance, s, err)
+			return c, struct{}{}, err
+		}
 		if err != nil {
 			return nil, struct{}{}, err
-		}
-		if e.V.Instance != instance {
-			return nil, struct{}{}, Errorf(NotFound, "instance %s has no task %s", instance, s.TaskId)
 		}
 		t, what := merge(e.V, s, p.now())
 		switch what {
@@ -60,6 +57,18 @@ func (p *Plane) ReportTask(ctx context.Context, instance string, s *wire.TaskSta
 		return c, struct{}{}, err
 	})
 	return err
+}
+
+// boundStatus cuts the texts of a status to what is worth storing.
+func boundStatus(s *wire.TaskStatus) {
+	for _, text := range []*string{&s.StopCode, &s.StoppedReason, &s.Note} {
+		*text = bounded(*text)
+	}
+	for _, c := range s.Containers {
+		if c != nil {
+			c.Reason = bounded(c.Reason)
+		}
+	}
 }
 
 // confirmGone asks the store whether it lacks a task as memory does. A device
@@ -134,10 +143,14 @@ func (p *Plane) Assignments(ctx context.Context, instance, incarnation string, s
 			return
 		}
 		set.Sequence = r.bindings[instance].V.Sequence
-		set.Full = incarnation != p.incarnation || sequence > set.Sequence
+		// What is not in a whole set stops on the device: in conflict that is
+		// for an operator to decide.
+		d := i.V.Divergence
+		set.Settled = d == nil && sequence < i.V.Settled
+		set.Full = d == nil && (set.Settled || incarnation != p.incarnation || sequence > set.Sequence)
 		for id := range r.onInstance[instance] {
 			t := r.tasks[id].V
-			if !set.Full && t.Sequence <= sequence {
+			if !set.Full && t.Sequence <= sequence || d.withheld(t) {
 				continue
 			}
 			a := &wire.Assignment{Sequence: t.Sequence, TaskId: t.ID, Desired: t.DesiredStatus, StopReason: t.StopReason}

@@ -22,6 +22,7 @@ type InstanceView struct {
 	Used             Demand    // by its tasks; ports include those the device reserves
 	Running, Pending int
 	Devices          []DeviceView // by plugin and id
+	Conflict         *ConflictView
 }
 
 // Remaining is the room left on it.
@@ -29,16 +30,26 @@ func (v *InstanceView) Remaining() (cpu, memoryMiB int) {
 	return max(0, v.Facts.CPU-v.Used.CPU), max(0, v.Facts.MemoryMiB-v.Used.MemoryMiB)
 }
 
-// used sums up what an instance's tasks take, and the ports its device keeps.
-func used(i Instance, b Bindings) Demand {
+// used sums up what an instance's tasks take, those that only the device knows
+// of among them, and the ports its device keeps.
+func used(i Instance, b Bindings, strays map[string]entry[Stray]) Demand {
 	var d Demand
 	d.Ports = slices.Clone(i.Facts.ReservedPorts)
-	for _, t := range b.Tasks {
+	d.Devices = b.devicesUsed()
+	add := func(t Demand) {
 		d.CPU += t.CPU
 		d.MemoryMiB += t.MemoryMiB
 		d.Ports = append(d.Ports, t.Ports...)
 	}
-	d.Devices = b.devicesUsed()
+	for _, t := range b.Tasks {
+		add(t)
+	}
+	for _, id := range slices.Sorted(maps.Keys(strays)) {
+		if s := strays[id].V; s.Task.LastStatus != StatusStopped {
+			add(s.Demand)
+			d.Devices = append(d.Devices, s.Demand.Devices...)
+		}
+	}
 	slices.SortFunc(d.Ports, func(a, b PortKey) int {
 		if a.Port != b.Port {
 			return a.Port - b.Port
@@ -51,7 +62,7 @@ func used(i Instance, b Bindings) Demand {
 
 // view makes the view but for the session: no call out with records held.
 func (r *records) view(i Instance) InstanceView {
-	v := InstanceView{Instance: i, Used: used(i, r.bindings[i.ID].V), Devices: devicesOf(i, r.bindings[i.ID].V)}
+	v := InstanceView{Instance: i, Used: used(i, r.bindings[i.ID].V, r.strays[i.ID]), Devices: devicesOf(i, r.bindings[i.ID].V), Conflict: r.conflict(i)}
 	for id := range r.onInstance[i.ID] {
 		running, pending := r.tasks[id].V.phase()
 		v.Running += running
@@ -257,7 +268,7 @@ func (p *Plane) DeregisterInstance(ctx context.Context, token, id string, force 
 		if tasks > 0 && !force {
 			return nil, struct{}{}, Errorf(Precondition, "instance %s has %d task(s) that are not STOPPED: stop them first, or force it", id, tasks)
 		}
-		e.V.Status = InstanceInactive
+		e.V.Status, e.V.Divergence, e.V.Duplicate = InstanceInactive, nil, nil
 		c := &change{}
 		c.compare(instanceKey(id), e.Mod)
 		c.compare(bindingsKey(id), bindings.Mod) // nobody places a task meanwhile

@@ -9,7 +9,8 @@ import (
 
 // The store's layout:
 //
-//	/belay/v1/incarnation                          random id of this life of the store
+//	/belay/v1/incarnation                          random id of the store, kept over restarts
+//	/belay/v1/lives                                []life: every start of a control plane on it
 //	/belay/v1/<account>/clusters/<name>            Cluster
 //	                    activations/<id>           Activation
 //	                    instances/<id>             Instance
@@ -18,6 +19,7 @@ import (
 //	                    taskdefs/<family>/<rev>    TaskDefinitionRecord; rev padded to 10 digits
 //	                    tasks/<id>                 Task
 //	                    taskspecs/<id>             wire.TaskSpec, protobuf
+//	                    strays/<instance>/<task>   Stray: what only a device knows, see Divergence
 //	                    tokens/<sha256 of token>   tokenRecord: the answer to a mutating call
 //
 // All values but the first and the specs are JSON. There is one account for
@@ -26,6 +28,7 @@ const (
 	root           = "/belay/v1/"
 	account        = root + "default/"
 	incarnationKey = root + "incarnation"
+	livesKey       = root + "lives"
 	tokensPrefix   = account + "tokens/"
 )
 
@@ -36,7 +39,10 @@ func fingerprintKey(f string) string     { return account + "keys/" + f }
 func bindingsKey(instance string) string { return account + "bindings/" + instance }
 func taskKey(id string) string           { return account + "tasks/" + id }
 func taskSpecKey(id string) string       { return account + "taskspecs/" + id }
-func tokenKey(token string) string       { return tokensPrefix + hex.EncodeToString(hash([]byte(token))) }
+func strayKey(instance, task string) string {
+	return account + "strays/" + instance + "/" + task
+}
+func tokenKey(token string) string { return tokensPrefix + hex.EncodeToString(hash([]byte(token))) }
 func taskDefinitionKey(family string, revision int) string {
 	return fmt.Sprintf("%staskdefs/%s/%010d", account, family, revision)
 }

@@ -51,6 +51,15 @@ type Instance struct {
 	Facts           Facts             `json:"facts"`                // told by the device
 	// Capabilities are what its agent can do beyond the first version.
 	Capabilities []string `json:"capabilities,omitempty"`
+
+	// Divergence is set while the device relies on what the store has lost;
+	// Settled is the sequence at which the last one ended, SettledFrom where
+	// the device was when that one was noticed.
+	Divergence  *Divergence `json:"divergence,omitempty"`
+	Settled     uint64      `json:"settled,omitempty"`
+	SettledFrom Position    `json:"settledFrom,omitzero"`
+	// Duplicate is another machine that was seen with this instance's key.
+	Duplicate *Duplicate `json:"duplicate,omitempty"`
 }
 
 // Facts are what a device last told of itself, see wire.Facts.

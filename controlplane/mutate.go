@@ -44,6 +44,9 @@ func mutate[R any](ctx context.Context, p *Plane, operation, token string, reque
 	var none R
 	ctx, cancel := context.WithTimeout(ctx, operationTimeout)
 	defer cancel()
+	if err := p.begin(ctx); err != nil {
+		return none, 0, err
+	}
 	var record *tokenRecord
 	if token != "" {
 		if len(token) > 128 {
@@ -96,6 +99,9 @@ func mutate[R any](ctx context.Context, p *Plane, operation, token string, reque
 		revision, ok, err := p.store.Txn(ctx, c.compares, c.ops)
 		if err != nil {
 			return none, 0, fmt.Errorf("%s: %w", operation, err)
+		}
+		if ok {
+			p.wrote(revision)
 		}
 		// Memory that lags makes the next try lose too; it is no reason to fail.
 		if err := p.caughtUp(ctx, revision); err != nil && ok {

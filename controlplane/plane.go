@@ -45,11 +45,12 @@ type Plane struct {
 	state       *state
 	tunnels     Tunnels
 	incarnation string
+	lives       lives
 
 	// enrolling serialises enrolments, and contended the second and later
 	// tries of everything else: those who lost a race here queue up instead
 	// of losing the next one to each other.
-	enrolling, contended semaphore
+	enrolling, contended, beginning semaphore
 }
 
 var _ Devices = (*Plane)(nil)
@@ -68,10 +69,15 @@ const (
 func Open(ctx context.Context, cfg Config) (*Plane, error) {
 	p := &Plane{
 		cfg: cfg, log: cfg.Logger, store: cfg.Store, state: newState(cfg.Logger),
-		tunnels: noTunnels{}, enrolling: newSemaphore(), contended: newSemaphore(),
+		tunnels: noTunnels{}, enrolling: newSemaphore(), contended: newSemaphore(), beginning: newSemaphore(),
 	}
 	if err := p.initialise(ctx); err != nil {
 		return nil, fmt.Errorf("initialising the store: %w", err)
+	}
+	if err := p.begin(ctx); err != nil {
+		// A store that takes no write for now can still be read; the first
+		// write makes up for it.
+		p.log.Warn("this start is not in the store yet", "error", err)
 	}
 	if err := p.load(ctx); err != nil {
 		return nil, fmt.Errorf("reading the store: %w", err)
@@ -258,3 +264,4 @@ type noTunnels struct{ Tunnels }
 func (noTunnels) Session(string) (Session, bool)    { return Session{}, false }
 func (noTunnels) LastSeen(string) time.Time         { return time.Time{} }
 func (noTunnels) Disconnect(string, string, string) {}
+func (noTunnels) Rebind(string)                     {}

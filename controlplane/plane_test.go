@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -50,6 +51,7 @@ func (t *tunnels) Disconnect(id, code, message string) {
 	defer t.mu.Unlock()
 	t.disconnected = append(t.disconnected, id)
 }
+func (t *tunnels) Rebind(string) {}
 func (t *tunnels) Logs(context.Context, string, *wire.LogsRequest, func(*wire.Chunk) error) error {
 	return nil
 }
@@ -63,10 +65,19 @@ type fixture struct {
 
 func open(t *testing.T, store *storetest.Memory) *fixture {
 	t.Helper()
-	f := &fixture{store: store, clock: &clock{now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}, tunnels: &tunnels{away: map[string]bool{}}}
-	p, err := controlplane.Open(t.Context(), controlplane.Config{
-		Store: store, Now: f.clock.Now, Rand: rand.Reader, Place: scheduler.Place,
-		Logger: slog.New(slog.NewTextHandler(t.Output(), nil)), Pepper: []byte("pepper"),
+	f, end := start(t, t.Output(), rand.Reader, store)
+	t.Cleanup(end)
+	return f
+}
+
+// start is open for those who end it themselves.
+func start(t failer, log io.Writer, random io.Reader, store *storetest.Memory) (f *fixture, end func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	f = &fixture{store: store, clock: &clock{now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}, tunnels: &tunnels{away: map[string]bool{}}}
+	p, err := controlplane.Open(ctx, controlplane.Config{
+		Store: store, Now: f.clock.Now, Rand: random, Place: scheduler.Place,
+		Logger: slog.New(slog.NewTextHandler(log, nil)), Pepper: []byte("pepper"),
 		Addresses: []string{"127.0.0.1:7443"}, Pin: wire.Pin{1, 2, 3},
 	})
 	if err != nil {
@@ -74,16 +85,22 @@ func open(t *testing.T, store *storetest.Memory) *fixture {
 	}
 	p.SetTunnels(f.tunnels)
 	f.Plane = p
-	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
-	t.Cleanup(func() {
+	return f, sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("Run = %v", err)
 		}
 	})
-	return f
+}
+
+// failer is a *testing.T or a *rapid.T.
+type failer interface {
+	Helper()
+	Fatal(...any)
+	Fatalf(string, ...any)
+	Errorf(string, ...any)
 }
 
 func newPlane(t *testing.T) *fixture { return open(t, storetest.NewMemory()) }

@@ -10,8 +10,22 @@ import (
 // Devices is what the hub, which carries the tunnels, asks of the domain.
 // Implemented by *Plane.
 type Devices interface {
-	// Incarnation names this life of the store; a restore makes a new one.
+	// Incarnation names the store: what one made from nothing has anew.
 	Incarnation() string
+	// Mark is the present moment of the store's history: what a call before
+	// it returned is in the store by then. life is "" while this start could
+	// not be written down.
+	Mark() (life string, revision int64)
+	// Meet compares how far a device says it is with the store. When the store
+	// has lost what the device relies on, it notes that for an operator, and
+	// sees to it that Assignments has nothing more for the device than wishes
+	// to stop and tasks made since. reconciles: the device can tell what it
+	// holds.
+	Meet(ctx context.Context, instance string, at Position, reconciles bool) (Greeting, error)
+	// ReportHoldings takes in all that a device holds, as Meet asked for.
+	ReportHoldings(ctx context.Context, instance string, hs []*wire.Holding) error
+	// ReportDuplicate notes another machine that uses an instance's key.
+	ReportDuplicate(ctx context.Context, instance string, d Duplicate) error
 	// Enroll turns an activation and a device's key into an instance. The
 	// same key again is the same instance and takes no further use of the
 	// activation. Errors: NotFound (no such activation, or deleted), Expired,
@@ -26,11 +40,13 @@ type Devices interface {
 	ReportFacts(ctx context.Context, instance string, h Hello) error
 	// ReportTask merges an observed status into the task, never backwards,
 	// and returns once it is stored. A task that is not this instance's is
-	// NotFound: the caller then tells the device to forget it.
+	// NotFound: the caller then tells the device to forget it. Not so in
+	// conflict: there it is Unavailable until the holdings are reported, and
+	// kept with them from then on.
 	ReportTask(ctx context.Context, instance string, s *wire.TaskStatus) error
 	// Assignments returns what the instance should have, as of now: only what
 	// changed after sequence when incarnation is this one's and sequence is
-	// not ahead of it, else everything (Full).
+	// not ahead of it, else everything (Full). In conflict it is never Full.
 	Assignments(ctx context.Context, instance, incarnation string, sequence uint64) (AssignmentSet, error)
 	// WatchInstance calls f, never concurrently, after each change of the
 	// instance's record or assignments, coalesced, until ctx ends.
@@ -59,7 +75,10 @@ type Hello struct {
 
 // AssignmentSet is a complete set of assignments up to Sequence.
 type AssignmentSet struct {
-	Full     bool
+	Full bool
+	// Settled: an operator has decided that the set, which is Full, counts for
+	// everything the device holds.
+	Settled  bool
 	Set      []*wire.Assignment
 	Sequence uint64
 }
@@ -73,6 +92,9 @@ type Tunnels interface {
 	LastSeen(instance string) time.Time
 	// Disconnect ends the instance's session at once, telling it why.
 	Disconnect(instance string, code, message string)
+	// Rebind ends the instance's session and forgets which machines were
+	// refused its place.
+	Rebind(instance string)
 	// Logs reads a container's output from its device. Errors: Unavailable
 	// when it is not connected.
 	Logs(ctx context.Context, instance string, r *wire.LogsRequest, chunk func(*wire.Chunk) error) error

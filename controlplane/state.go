@@ -38,7 +38,8 @@ type records struct {
 	taskdefs    map[string]map[int]entry[TaskDefinitionRecord]
 	tasks       map[string]entry[Task]
 	specs       map[string]*wire.TaskSpec
-	onInstance  map[string]map[string]struct{} // task ids
+	onInstance  map[string]map[string]struct{}     // task ids
+	strays      map[string]map[string]entry[Stray] // by instance and task
 }
 
 func newRecords() records {
@@ -46,7 +47,7 @@ func newRecords() records {
 		clusters: map[string]entry[Cluster]{}, activations: map[string]entry[Activation]{},
 		instances: map[string]entry[Instance]{}, bindings: map[string]entry[Bindings]{}, taskdefs: map[string]map[int]entry[TaskDefinitionRecord]{},
 		tasks: map[string]entry[Task]{}, specs: map[string]*wire.TaskSpec{},
-		onInstance: map[string]map[string]struct{}{},
+		onInstance: map[string]map[string]struct{}{}, strays: map[string]map[string]entry[Stray]{},
 	}
 }
 
@@ -143,6 +144,8 @@ func (r *records) put(kv KV) (topic string, err error) {
 		err = r.putTaskDefinition(rest, kv)
 	case "tasks":
 		topic, err = taskTopic(rest), r.putTask(rest, kv)
+	case "strays":
+		err = r.putStray(rest, kv)
 	case "taskspecs":
 		if kv.Value == nil {
 			delete(r.specs, rest)
@@ -188,6 +191,18 @@ func (r *records) putTask(id string, kv KV) error {
 		r.onInstance[now.V.Instance][id] = struct{}{}
 	}
 	return nil
+}
+
+func (r *records) putStray(rest string, kv KV) error {
+	instance, task, _ := strings.Cut(rest, "/")
+	if r.strays[instance] == nil {
+		r.strays[instance] = map[string]entry[Stray]{}
+	}
+	err := set(r.strays[instance], task, kv)
+	if len(r.strays[instance]) == 0 {
+		delete(r.strays, instance)
+	}
+	return err
 }
 
 func (r *records) putTaskDefinition(rest string, kv KV) error {

@@ -51,8 +51,11 @@ func passes(ctx context.Context, pass func(context.Context) (more bool, err erro
 func (p *Plane) sweepTasks(ctx context.Context) (more bool, err error) {
 	now := p.now()
 	var old []entry[Task]
-	orphaned := map[string]bool{}
+	orphaned, settled := map[string]bool{}, map[string]bool{}
 	p.state.read(func(r *records, _ int64) {
+		for id := range r.strays {
+			settled[id] = r.instances[id].V.Divergence == nil
+		}
 		for _, e := range r.tasks {
 			switch {
 			case e.V.LastStatus != StatusStopped:
@@ -69,6 +72,14 @@ func (p *Plane) sweepTasks(ctx context.Context) (more bool, err error) {
 	})
 	for id := range orphaned {
 		if _, err := p.abandon(ctx, id); err != nil {
+			return more, err
+		}
+	}
+	for id, done := range settled {
+		if !done {
+			continue
+		}
+		if err := p.keepStrays(ctx, id, false, nil); err != nil {
 			return more, err
 		}
 	}

@@ -124,8 +124,10 @@ func (p *Plane) place(n NewTasks) (*change, []Task, []PlacementFailure, error) {
 	}
 	for id, e := range instances {
 		_, connected := p.tunnels.Session(id)
+		var strays map[string]entry[Stray]
+		p.state.read(func(r *records, _ int64) { strays = maps.Clone(r.strays[id]) })
 		want.Candidates = append(want.Candidates, Candidate{
-			ID: id, Connected: connected, Facts: e.V.Facts, Used: used(e.V, bindings[id].V), Capabilities: e.V.Capabilities,
+			ID: id, Connected: connected, Facts: e.V.Facts, Used: used(e.V, bindings[id].V, strays), Capabilities: e.V.Capabilities,
 			Attributes: e.V.Attributes, AgentVersion: e.V.AgentVersion, RegisteredAt: e.V.RegisteredAt, Running: running[id],
 		})
 	}

@@ -24,6 +24,7 @@ const (
 	CodeReplaced     = "replaced"            // a newer session of the same instance
 	CodeShutdown     = "shutdown"            // the sender is going away, come back
 	CodeInternal     = "internal"
+	CodeCloned       = "cloned" // another machine has this identity, and it stays with that one
 )
 
 // codeNumbers are the application error codes of QUIC that carry a code when a
@@ -31,7 +32,7 @@ const (
 var codeNumbers = map[string]uint64{
 	CodeInvalid: 1, CodeNotFound: 2, CodeExpired: 3, CodeExhausted: 4, CodeUnknownKey: 5,
 	CodeDenied: 6, CodePrecondition: 7, CodeUnavailable: 8, CodeOverloaded: 9, CodeUnsupported: 10,
-	CodeVersion: 11, CodeProtocol: 12, CodeReplaced: 13, CodeShutdown: 14, CodeInternal: 15,
+	CodeVersion: 11, CodeProtocol: 12, CodeReplaced: 13, CodeShutdown: 14, CodeInternal: 15, CodeCloned: 16,
 }
 
 // CodeNumber is the number a carrier sends for a code; 0 for "" (no failure).

@@ -89,6 +89,24 @@
 //   - disconnect: it stops a task whose spec has disconnect_stop_after_s once it
 //     has been without a registered session for so long. An agent without it
 //     would let the task run, so it is sent no such task.
+//   - reconcile: it remembers the Mark of the latest of the control plane's
+//     history that it relies on (a set it applied, a final status that was
+//     acknowledged) and says it in Hello. When Welcome asks to reconcile, it
+//     persists the first set of the session and the Mark with it, then tells
+//     all it holds, one Holding a task and EndOfHoldings, and each status again.
+//     A set that is settled and full counts for whatever it holds.
+//
+// # Restores and copies
+//
+// A control plane whose store lacks what a device relies on was restored from a
+// backup. It then sends that device nothing but wishes to stop and tasks that
+// were made since, in sets that are never full, until an operator has decided;
+// the set that follows is full and settled.
+//
+// Two machines that use one key at the same time are told apart by the hash of
+// their machine, their boot and the agent's nonce. A control plane that meets a
+// second one pings the first: when that answers, the second is refused with
+// CodeCloned, and goes on asking slowly.
 //
 // # Versions
 //
@@ -112,6 +130,9 @@ const CapabilityDevices = "devices"
 // CapabilityDisconnect is the one of agents that stop tasks which must not
 // outlive their device's connection for long.
 const CapabilityDisconnect = "disconnect"
+
+// CapabilityReconcile is the one of agents that tell what they hold.
+const CapabilityReconcile = "reconcile"
 
 // ALPN names.
 const (

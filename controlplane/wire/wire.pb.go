@@ -96,6 +96,8 @@ type Frame struct {
 	//	*Frame_TaskStatus
 	//	*Frame_AssignmentAck
 	//	*Frame_Ping
+	//	*Frame_Holding
+	//	*Frame_EndOfHoldings
 	//	*Frame_Welcome
 	//	*Frame_Assignment
 	//	*Frame_EndOfSet
@@ -215,6 +217,24 @@ func (x *Frame) GetPing() *Ping {
 	if x != nil {
 		if x, ok := x.Body.(*Frame_Ping); ok {
 			return x.Ping
+		}
+	}
+	return nil
+}
+
+func (x *Frame) GetHolding() *Holding {
+	if x != nil {
+		if x, ok := x.Body.(*Frame_Holding); ok {
+			return x.Holding
+		}
+	}
+	return nil
+}
+
+func (x *Frame) GetEndOfHoldings() *EndOfHoldings {
+	if x != nil {
+		if x, ok := x.Body.(*Frame_EndOfHoldings); ok {
+			return x.EndOfHoldings
 		}
 	}
 	return nil
@@ -349,6 +369,14 @@ type Frame_Ping struct {
 	Ping *Ping `protobuf:"bytes,14,opt,name=ping,proto3,oneof"`
 }
 
+type Frame_Holding struct {
+	Holding *Holding `protobuf:"bytes,15,opt,name=holding,proto3,oneof"` // capability "reconcile"
+}
+
+type Frame_EndOfHoldings struct {
+	EndOfHoldings *EndOfHoldings `protobuf:"bytes,16,opt,name=end_of_holdings,json=endOfHoldings,proto3,oneof"`
+}
+
 type Frame_Welcome struct {
 	// Control stream, control plane to agent.
 	Welcome *Welcome `protobuf:"bytes,20,opt,name=welcome,proto3,oneof"`
@@ -406,6 +434,10 @@ func (*Frame_TaskStatus) isFrame_Body() {}
 func (*Frame_AssignmentAck) isFrame_Body() {}
 
 func (*Frame_Ping) isFrame_Body() {}
+
+func (*Frame_Holding) isFrame_Body() {}
+
+func (*Frame_EndOfHoldings) isFrame_Body() {}
 
 func (*Frame_Welcome) isFrame_Body() {}
 
@@ -787,6 +819,8 @@ type Hello struct {
 	Sequence    uint64 `protobuf:"varint,9,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Facts       *Facts `protobuf:"bytes,10,opt,name=facts,proto3" json:"facts,omitempty"`
 	Now         *When  `protobuf:"bytes,11,opt,name=now,proto3" json:"now,omitempty"`
+	// The latest of the control plane's history that the device relies on.
+	Mark *Mark `protobuf:"bytes,12,opt,name=mark,proto3" json:"mark,omitempty"`
 	// How many Hellos this start of the agent has said before. Of two sessions
 	// with one nonce the agent means the one with more, whichever is handled last.
 	Ordinal       uint64 `protobuf:"varint,20,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
@@ -901,9 +935,72 @@ func (x *Hello) GetNow() *When {
 	return nil
 }
 
+func (x *Hello) GetMark() *Mark {
+	if x != nil {
+		return x.Mark
+	}
+	return nil
+}
+
 func (x *Hello) GetOrdinal() uint64 {
 	if x != nil {
 		return x.Ordinal
+	}
+	return 0
+}
+
+// Mark is a moment of a control plane's history. Each start of a control plane
+// is a life of its store; the store's revision grows from life to life, and
+// falls back only when the store is restored from a backup: then devices carry
+// marks that its history does not have.
+type Mark struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Life          string                 `protobuf:"bytes,1,opt,name=life,proto3" json:"life,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"` // of the store, in or before that life
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Mark) Reset() {
+	*x = Mark{}
+	mi := &file_wire_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Mark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Mark) ProtoMessage() {}
+
+func (x *Mark) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Mark.ProtoReflect.Descriptor instead.
+func (*Mark) Descriptor() ([]byte, []int) {
+	return file_wire_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Mark) GetLife() string {
+	if x != nil {
+		return x.Life
+	}
+	return ""
+}
+
+func (x *Mark) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
 	}
 	return 0
 }
@@ -918,13 +1015,17 @@ type Welcome struct {
 	Capabilities   []string               `protobuf:"bytes,6,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	Full           bool                   `protobuf:"varint,7,opt,name=full,proto3" json:"full,omitempty"` // the assignments that follow are the whole set
 	Now            *When                  `protobuf:"bytes,8,opt,name=now,proto3" json:"now,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	Mark           *Mark                  `protobuf:"bytes,9,opt,name=mark,proto3" json:"mark,omitempty"`
+	// The control plane was restored from a backup that lacks what the device
+	// relies on. The device is to tell all it holds, and each status again.
+	Reconcile     bool `protobuf:"varint,10,opt,name=reconcile,proto3" json:"reconcile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_wire_proto_msgTypes[7]
+	mi := &file_wire_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -936,7 +1037,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[7]
+	mi := &file_wire_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -949,7 +1050,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{7}
+	return file_wire_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Welcome) GetFailure() *Failure {
@@ -1008,6 +1109,20 @@ func (x *Welcome) GetNow() *When {
 	return nil
 }
 
+func (x *Welcome) GetMark() *Mark {
+	if x != nil {
+		return x.Mark
+	}
+	return nil
+}
+
+func (x *Welcome) GetReconcile() bool {
+	if x != nil {
+		return x.Reconcile
+	}
+	return false
+}
+
 // Facts describe the device. Sent whole, whenever they change.
 type Facts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1024,7 +1139,7 @@ type Facts struct {
 
 func (x *Facts) Reset() {
 	*x = Facts{}
-	mi := &file_wire_proto_msgTypes[8]
+	mi := &file_wire_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1036,7 +1151,7 @@ func (x *Facts) String() string {
 func (*Facts) ProtoMessage() {}
 
 func (x *Facts) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[8]
+	mi := &file_wire_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1049,7 +1164,7 @@ func (x *Facts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Facts.ProtoReflect.Descriptor instead.
 func (*Facts) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{8}
+	return file_wire_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Facts) GetAttributes() map[string]string {
@@ -1111,7 +1226,7 @@ type DeviceFact struct {
 
 func (x *DeviceFact) Reset() {
 	*x = DeviceFact{}
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_wire_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1238,7 @@ func (x *DeviceFact) String() string {
 func (*DeviceFact) ProtoMessage() {}
 
 func (x *DeviceFact) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_wire_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1251,7 @@ func (x *DeviceFact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceFact.ProtoReflect.Descriptor instead.
 func (*DeviceFact) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{9}
+	return file_wire_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DeviceFact) GetPlugin() string {
@@ -1206,7 +1321,7 @@ type DeviceRef struct {
 
 func (x *DeviceRef) Reset() {
 	*x = DeviceRef{}
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1333,7 @@ func (x *DeviceRef) String() string {
 func (*DeviceRef) ProtoMessage() {}
 
 func (x *DeviceRef) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1346,7 @@ func (x *DeviceRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceRef.ProtoReflect.Descriptor instead.
 func (*DeviceRef) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{10}
+	return file_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DeviceRef) GetPlugin() string {
@@ -1260,7 +1375,7 @@ type DeviceRequest struct {
 
 func (x *DeviceRequest) Reset() {
 	*x = DeviceRequest{}
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1272,7 +1387,7 @@ func (x *DeviceRequest) String() string {
 func (*DeviceRequest) ProtoMessage() {}
 
 func (x *DeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1285,7 +1400,7 @@ func (x *DeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceRequest.ProtoReflect.Descriptor instead.
 func (*DeviceRequest) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{11}
+	return file_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DeviceRequest) GetKind() string {
@@ -1329,7 +1444,7 @@ type PluginInfo struct {
 
 func (x *PluginInfo) Reset() {
 	*x = PluginInfo{}
-	mi := &file_wire_proto_msgTypes[12]
+	mi := &file_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1341,7 +1456,7 @@ func (x *PluginInfo) String() string {
 func (*PluginInfo) ProtoMessage() {}
 
 func (x *PluginInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[12]
+	mi := &file_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1354,7 +1469,7 @@ func (x *PluginInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PluginInfo.ProtoReflect.Descriptor instead.
 func (*PluginInfo) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{12}
+	return file_wire_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PluginInfo) GetName() string {
@@ -1451,7 +1566,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_wire_proto_msgTypes[13]
+	mi := &file_wire_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1463,7 +1578,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[13]
+	mi := &file_wire_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1591,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{13}
+	return file_wire_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Port) GetProtocol() string {
@@ -1495,21 +1610,24 @@ func (x *Port) GetPort() uint32 {
 
 // Assignment is one task as sent to one device: resolved and self-contained.
 type Assignment struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"` // per instance, of the change that led to this frame
-	TaskId        string                 `protobuf:"bytes,2,opt,name=task_id,json=taskId,proto3" json:"task_id,omitempty"`
-	Desired       string                 `protobuf:"bytes,3,opt,name=desired,proto3" json:"desired,omitempty"` // "RUNNING" or "STOPPED"
-	StopReason    string                 `protobuf:"bytes,4,opt,name=stop_reason,json=stopReason,proto3" json:"stop_reason,omitempty"`
-	Removed       bool                   `protobuf:"varint,5,opt,name=removed,proto3" json:"removed,omitempty"` // the control plane no longer knows it: stop and forget
-	Spec          *TaskSpec              `protobuf:"bytes,6,opt,name=spec,proto3" json:"spec,omitempty"`        // absent when desired is STOPPED and the agent holds it
-	Secrets       *Secrets               `protobuf:"bytes,7,opt,name=secrets,proto3" json:"secrets,omitempty"`  // a slot of its own: never described, never logged
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Sequence   uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"` // per instance, of the change that led to this frame
+	TaskId     string                 `protobuf:"bytes,2,opt,name=task_id,json=taskId,proto3" json:"task_id,omitempty"`
+	Desired    string                 `protobuf:"bytes,3,opt,name=desired,proto3" json:"desired,omitempty"` // "RUNNING" or "STOPPED"
+	StopReason string                 `protobuf:"bytes,4,opt,name=stop_reason,json=stopReason,proto3" json:"stop_reason,omitempty"`
+	Removed    bool                   `protobuf:"varint,5,opt,name=removed,proto3" json:"removed,omitempty"` // the control plane no longer knows it: stop and forget
+	Spec       *TaskSpec              `protobuf:"bytes,6,opt,name=spec,proto3" json:"spec,omitempty"`        // absent when desired is STOPPED and the agent holds it
+	Secrets    *Secrets               `protobuf:"bytes,7,opt,name=secrets,proto3" json:"secrets,omitempty"`  // a slot of its own: never described, never logged
+	// Stamped by the agent as it is stored: a set cut short leaves nothing else
+	// that says how much of the control plane's history the device relies on.
+	Mark          *Mark `protobuf:"bytes,8,opt,name=mark,proto3" json:"mark,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_wire_proto_msgTypes[14]
+	mi := &file_wire_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +1639,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[14]
+	mi := &file_wire_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +1652,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{14}
+	return file_wire_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Assignment) GetSequence() uint64 {
@@ -1586,6 +1704,13 @@ func (x *Assignment) GetSecrets() *Secrets {
 	return nil
 }
 
+func (x *Assignment) GetMark() *Mark {
+	if x != nil {
+		return x.Mark
+	}
+	return nil
+}
+
 // Secrets is empty for now; values live here and nowhere else.
 type Secrets struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1596,7 +1721,7 @@ type Secrets struct {
 
 func (x *Secrets) Reset() {
 	*x = Secrets{}
-	mi := &file_wire_proto_msgTypes[15]
+	mi := &file_wire_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1608,7 +1733,7 @@ func (x *Secrets) String() string {
 func (*Secrets) ProtoMessage() {}
 
 func (x *Secrets) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[15]
+	mi := &file_wire_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1621,7 +1746,7 @@ func (x *Secrets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Secrets.ProtoReflect.Descriptor instead.
 func (*Secrets) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{15}
+	return file_wire_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Secrets) GetValues() map[string][]byte {
@@ -1632,16 +1757,20 @@ func (x *Secrets) GetValues() map[string][]byte {
 }
 
 type EndOfSet struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"` // everything up to here has been sent
-	Full          bool                   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`         // what was not in the set does not exist
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Sequence uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"` // everything up to here has been sent
+	Full     bool                   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`         // what was not in the set does not exist
+	Mark     *Mark                  `protobuf:"bytes,3,opt,name=mark,proto3" json:"mark,omitempty"`          // the set is in the store by then
+	// An operator has settled what a restore from backup left open: with full,
+	// the set counts for everything the device holds, whoever assigned it.
+	Settled       bool `protobuf:"varint,4,opt,name=settled,proto3" json:"settled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *EndOfSet) Reset() {
 	*x = EndOfSet{}
-	mi := &file_wire_proto_msgTypes[16]
+	mi := &file_wire_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1653,7 +1782,7 @@ func (x *EndOfSet) String() string {
 func (*EndOfSet) ProtoMessage() {}
 
 func (x *EndOfSet) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[16]
+	mi := &file_wire_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1666,7 +1795,7 @@ func (x *EndOfSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndOfSet.ProtoReflect.Descriptor instead.
 func (*EndOfSet) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{16}
+	return file_wire_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EndOfSet) GetSequence() uint64 {
@@ -1683,6 +1812,20 @@ func (x *EndOfSet) GetFull() bool {
 	return false
 }
 
+func (x *EndOfSet) GetMark() *Mark {
+	if x != nil {
+		return x.Mark
+	}
+	return nil
+}
+
+func (x *EndOfSet) GetSettled() bool {
+	if x != nil {
+		return x.Settled
+	}
+	return false
+}
+
 type AssignmentAck struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
@@ -1692,7 +1835,7 @@ type AssignmentAck struct {
 
 func (x *AssignmentAck) Reset() {
 	*x = AssignmentAck{}
-	mi := &file_wire_proto_msgTypes[17]
+	mi := &file_wire_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +1847,7 @@ func (x *AssignmentAck) String() string {
 func (*AssignmentAck) ProtoMessage() {}
 
 func (x *AssignmentAck) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[17]
+	mi := &file_wire_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +1860,7 @@ func (x *AssignmentAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentAck.ProtoReflect.Descriptor instead.
 func (*AssignmentAck) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{17}
+	return file_wire_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AssignmentAck) GetSequence() uint64 {
@@ -1753,7 +1896,7 @@ type TaskSpec struct {
 
 func (x *TaskSpec) Reset() {
 	*x = TaskSpec{}
-	mi := &file_wire_proto_msgTypes[18]
+	mi := &file_wire_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1765,7 +1908,7 @@ func (x *TaskSpec) String() string {
 func (*TaskSpec) ProtoMessage() {}
 
 func (x *TaskSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[18]
+	mi := &file_wire_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1778,7 +1921,7 @@ func (x *TaskSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskSpec.ProtoReflect.Descriptor instead.
 func (*TaskSpec) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{18}
+	return file_wire_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TaskSpec) GetFamily() string {
@@ -1903,7 +2046,7 @@ type Platform struct {
 
 func (x *Platform) Reset() {
 	*x = Platform{}
-	mi := &file_wire_proto_msgTypes[19]
+	mi := &file_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +2058,7 @@ func (x *Platform) String() string {
 func (*Platform) ProtoMessage() {}
 
 func (x *Platform) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[19]
+	mi := &file_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1928,7 +2071,7 @@ func (x *Platform) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Platform.ProtoReflect.Descriptor instead.
 func (*Platform) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{19}
+	return file_wire_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Platform) GetOs() string {
@@ -1956,7 +2099,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_wire_proto_msgTypes[20]
+	mi := &file_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2111,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[20]
+	mi := &file_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2124,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{20}
+	return file_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Volume) GetName() string {
@@ -2057,7 +2200,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_wire_proto_msgTypes[21]
+	mi := &file_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2069,7 +2212,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[21]
+	mi := &file_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2082,7 +2225,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{21}
+	return file_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Container) GetName() string {
@@ -2396,7 +2539,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_wire_proto_msgTypes[22]
+	mi := &file_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2551,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[22]
+	mi := &file_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2564,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{22}
+	return file_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *KeyValue) GetName() string {
@@ -2450,7 +2593,7 @@ type PortMapping struct {
 
 func (x *PortMapping) Reset() {
 	*x = PortMapping{}
-	mi := &file_wire_proto_msgTypes[23]
+	mi := &file_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2462,7 +2605,7 @@ func (x *PortMapping) String() string {
 func (*PortMapping) ProtoMessage() {}
 
 func (x *PortMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[23]
+	mi := &file_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2475,7 +2618,7 @@ func (x *PortMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PortMapping.ProtoReflect.Descriptor instead.
 func (*PortMapping) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{23}
+	return file_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PortMapping) GetName() string {
@@ -2517,7 +2660,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_wire_proto_msgTypes[24]
+	mi := &file_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +2672,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[24]
+	mi := &file_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +2685,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{24}
+	return file_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Mount) GetVolume() string {
@@ -2576,7 +2719,7 @@ type VolumeFrom struct {
 
 func (x *VolumeFrom) Reset() {
 	*x = VolumeFrom{}
-	mi := &file_wire_proto_msgTypes[25]
+	mi := &file_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2588,7 +2731,7 @@ func (x *VolumeFrom) String() string {
 func (*VolumeFrom) ProtoMessage() {}
 
 func (x *VolumeFrom) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[25]
+	mi := &file_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2601,7 +2744,7 @@ func (x *VolumeFrom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeFrom.ProtoReflect.Descriptor instead.
 func (*VolumeFrom) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{25}
+	return file_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *VolumeFrom) GetContainer() string {
@@ -2628,7 +2771,7 @@ type Dependency struct {
 
 func (x *Dependency) Reset() {
 	*x = Dependency{}
-	mi := &file_wire_proto_msgTypes[26]
+	mi := &file_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2640,7 +2783,7 @@ func (x *Dependency) String() string {
 func (*Dependency) ProtoMessage() {}
 
 func (x *Dependency) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[26]
+	mi := &file_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2653,7 +2796,7 @@ func (x *Dependency) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Dependency.ProtoReflect.Descriptor instead.
 func (*Dependency) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{26}
+	return file_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Dependency) GetContainer() string {
@@ -2683,7 +2826,7 @@ type HealthCheck struct {
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_wire_proto_msgTypes[27]
+	mi := &file_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2838,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[27]
+	mi := &file_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2851,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{27}
+	return file_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *HealthCheck) GetCommand() []string {
@@ -2757,7 +2900,7 @@ type RestartPolicy struct {
 
 func (x *RestartPolicy) Reset() {
 	*x = RestartPolicy{}
-	mi := &file_wire_proto_msgTypes[28]
+	mi := &file_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2769,7 +2912,7 @@ func (x *RestartPolicy) String() string {
 func (*RestartPolicy) ProtoMessage() {}
 
 func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[28]
+	mi := &file_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2782,7 +2925,7 @@ func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPolicy.ProtoReflect.Descriptor instead.
 func (*RestartPolicy) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{28}
+	return file_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RestartPolicy) GetEnabled() bool {
@@ -2817,7 +2960,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_wire_proto_msgTypes[29]
+	mi := &file_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2829,7 +2972,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[29]
+	mi := &file_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2842,7 +2985,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{29}
+	return file_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Device) GetHostPath() string {
@@ -2877,7 +3020,7 @@ type Ulimit struct {
 
 func (x *Ulimit) Reset() {
 	*x = Ulimit{}
-	mi := &file_wire_proto_msgTypes[30]
+	mi := &file_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2889,7 +3032,7 @@ func (x *Ulimit) String() string {
 func (*Ulimit) ProtoMessage() {}
 
 func (x *Ulimit) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[30]
+	mi := &file_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2902,7 +3045,7 @@ func (x *Ulimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ulimit.ProtoReflect.Descriptor instead.
 func (*Ulimit) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{30}
+	return file_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Ulimit) GetName() string {
@@ -2937,7 +3080,7 @@ type Tmpfs struct {
 
 func (x *Tmpfs) Reset() {
 	*x = Tmpfs{}
-	mi := &file_wire_proto_msgTypes[31]
+	mi := &file_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2949,7 +3092,7 @@ func (x *Tmpfs) String() string {
 func (*Tmpfs) ProtoMessage() {}
 
 func (x *Tmpfs) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[31]
+	mi := &file_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2962,7 +3105,7 @@ func (x *Tmpfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tmpfs.ProtoReflect.Descriptor instead.
 func (*Tmpfs) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{31}
+	return file_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Tmpfs) GetTarget() string {
@@ -2996,7 +3139,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_wire_proto_msgTypes[32]
+	mi := &file_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3008,7 +3151,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[32]
+	mi := &file_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3021,7 +3164,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{32}
+	return file_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Host) GetName() string {
@@ -3057,7 +3200,7 @@ type TaskStatus struct {
 
 func (x *TaskStatus) Reset() {
 	*x = TaskStatus{}
-	mi := &file_wire_proto_msgTypes[33]
+	mi := &file_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3069,7 +3212,7 @@ func (x *TaskStatus) String() string {
 func (*TaskStatus) ProtoMessage() {}
 
 func (x *TaskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[33]
+	mi := &file_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3082,7 +3225,7 @@ func (x *TaskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskStatus.ProtoReflect.Descriptor instead.
 func (*TaskStatus) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{33}
+	return file_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *TaskStatus) GetSequence() uint64 {
@@ -3171,7 +3314,7 @@ type ContainerStatus struct {
 
 func (x *ContainerStatus) Reset() {
 	*x = ContainerStatus{}
-	mi := &file_wire_proto_msgTypes[34]
+	mi := &file_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3326,7 @@ func (x *ContainerStatus) String() string {
 func (*ContainerStatus) ProtoMessage() {}
 
 func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[34]
+	mi := &file_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3339,7 @@ func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatus.ProtoReflect.Descriptor instead.
 func (*ContainerStatus) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{34}
+	return file_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ContainerStatus) GetName() string {
@@ -3316,7 +3459,7 @@ type PullProgress struct {
 
 func (x *PullProgress) Reset() {
 	*x = PullProgress{}
-	mi := &file_wire_proto_msgTypes[35]
+	mi := &file_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3328,7 +3471,7 @@ func (x *PullProgress) String() string {
 func (*PullProgress) ProtoMessage() {}
 
 func (x *PullProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[35]
+	mi := &file_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3341,7 +3484,7 @@ func (x *PullProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullProgress.ProtoReflect.Descriptor instead.
 func (*PullProgress) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{35}
+	return file_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PullProgress) GetLayers() uint64 {
@@ -3375,13 +3518,14 @@ func (x *PullProgress) GetBytesDone() uint64 {
 type StatusAck struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Mark          *Mark                  `protobuf:"bytes,2,opt,name=mark,proto3" json:"mark,omitempty"` // the status is in the store by then
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusAck) Reset() {
 	*x = StatusAck{}
-	mi := &file_wire_proto_msgTypes[36]
+	mi := &file_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3393,7 +3537,7 @@ func (x *StatusAck) String() string {
 func (*StatusAck) ProtoMessage() {}
 
 func (x *StatusAck) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[36]
+	mi := &file_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3406,12 +3550,141 @@ func (x *StatusAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusAck.ProtoReflect.Descriptor instead.
 func (*StatusAck) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{36}
+	return file_wire_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StatusAck) GetSequence() uint64 {
 	if x != nil {
 		return x.Sequence
+	}
+	return 0
+}
+
+func (x *StatusAck) GetMark() *Mark {
+	if x != nil {
+		return x.Mark
+	}
+	return nil
+}
+
+// Holding is a task that the device holds, whole but for its secrets.
+type Holding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TaskId        string                 `protobuf:"bytes,1,opt,name=task_id,json=taskId,proto3" json:"task_id,omitempty"`
+	Desired       string                 `protobuf:"bytes,2,opt,name=desired,proto3" json:"desired,omitempty"` // "RUNNING" or "STOPPED"
+	StopReason    string                 `protobuf:"bytes,3,opt,name=stop_reason,json=stopReason,proto3" json:"stop_reason,omitempty"`
+	Spec          *TaskSpec              `protobuf:"bytes,4,opt,name=spec,proto3" json:"spec,omitempty"`
+	Status        *TaskStatus            `protobuf:"bytes,5,opt,name=status,proto3" json:"status,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Holding) Reset() {
+	*x = Holding{}
+	mi := &file_wire_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Holding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Holding) ProtoMessage() {}
+
+func (x *Holding) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Holding.ProtoReflect.Descriptor instead.
+func (*Holding) Descriptor() ([]byte, []int) {
+	return file_wire_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *Holding) GetTaskId() string {
+	if x != nil {
+		return x.TaskId
+	}
+	return ""
+}
+
+func (x *Holding) GetDesired() string {
+	if x != nil {
+		return x.Desired
+	}
+	return ""
+}
+
+func (x *Holding) GetStopReason() string {
+	if x != nil {
+		return x.StopReason
+	}
+	return ""
+}
+
+func (x *Holding) GetSpec() *TaskSpec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+func (x *Holding) GetStatus() *TaskStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+// EndOfHoldings ends the Holdings of a session that was asked to reconcile.
+type EndOfHoldings struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Count         uint32                 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndOfHoldings) Reset() {
+	*x = EndOfHoldings{}
+	mi := &file_wire_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndOfHoldings) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndOfHoldings) ProtoMessage() {}
+
+func (x *EndOfHoldings) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndOfHoldings.ProtoReflect.Descriptor instead.
+func (*EndOfHoldings) Descriptor() ([]byte, []int) {
+	return file_wire_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *EndOfHoldings) GetCount() uint32 {
+	if x != nil {
+		return x.Count
 	}
 	return 0
 }
@@ -3425,7 +3698,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_wire_proto_msgTypes[37]
+	mi := &file_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3437,7 +3710,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[37]
+	mi := &file_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3450,7 +3723,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{37}
+	return file_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Goodbye) GetFailure() *Failure {
@@ -3469,7 +3742,7 @@ type Ping struct {
 
 func (x *Ping) Reset() {
 	*x = Ping{}
-	mi := &file_wire_proto_msgTypes[38]
+	mi := &file_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3481,7 +3754,7 @@ func (x *Ping) String() string {
 func (*Ping) ProtoMessage() {}
 
 func (x *Ping) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[38]
+	mi := &file_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3494,7 +3767,7 @@ func (x *Ping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ping.ProtoReflect.Descriptor instead.
 func (*Ping) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{38}
+	return file_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Ping) GetId() uint64 {
@@ -3513,7 +3786,7 @@ type Pong struct {
 
 func (x *Pong) Reset() {
 	*x = Pong{}
-	mi := &file_wire_proto_msgTypes[39]
+	mi := &file_wire_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3525,7 +3798,7 @@ func (x *Pong) String() string {
 func (*Pong) ProtoMessage() {}
 
 func (x *Pong) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[39]
+	mi := &file_wire_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3538,7 +3811,7 @@ func (x *Pong) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pong.ProtoReflect.Descriptor instead.
 func (*Pong) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{39}
+	return file_wire_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Pong) GetId() uint64 {
@@ -3562,7 +3835,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_wire_proto_msgTypes[40]
+	mi := &file_wire_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3574,7 +3847,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[40]
+	mi := &file_wire_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3587,7 +3860,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{40}
+	return file_wire_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Request) GetBody() isRequest_Body {
@@ -3628,7 +3901,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_wire_proto_msgTypes[41]
+	mi := &file_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3640,7 +3913,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[41]
+	mi := &file_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3653,7 +3926,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{41}
+	return file_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *LogsRequest) GetTaskId() string {
@@ -3692,7 +3965,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_wire_proto_msgTypes[42]
+	mi := &file_wire_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3704,7 +3977,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[42]
+	mi := &file_wire_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3717,7 +3990,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{42}
+	return file_wire_proto_rawDescGZIP(), []int{45}
 }
 
 type Chunk struct {
@@ -3730,7 +4003,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_wire_proto_msgTypes[43]
+	mi := &file_wire_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3742,7 +4015,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[43]
+	mi := &file_wire_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3755,7 +4028,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{43}
+	return file_wire_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Chunk) GetStream() string {
@@ -3781,7 +4054,7 @@ type Done struct {
 
 func (x *Done) Reset() {
 	*x = Done{}
-	mi := &file_wire_proto_msgTypes[44]
+	mi := &file_wire_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3793,7 +4066,7 @@ func (x *Done) String() string {
 func (*Done) ProtoMessage() {}
 
 func (x *Done) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[44]
+	mi := &file_wire_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3806,7 +4079,7 @@ func (x *Done) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Done.ProtoReflect.Descriptor instead.
 func (*Done) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{44}
+	return file_wire_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Done) GetFailure() *Failure {
@@ -3821,7 +4094,7 @@ var File_wire_proto protoreflect.FileDescriptor
 const file_wire_proto_rawDesc = "" +
 	"\n" +
 	"\n" +
-	"wire.proto\x12\rbelay.wire.v1\"\xd6\a\n" +
+	"wire.proto\x12\rbelay.wire.v1\"\xd2\b\n" +
 	"\x05Frame\x12)\n" +
 	"\x04open\x18\x01 \x01(\v2\x13.belay.wire.v1.OpenH\x00R\x04open\x12E\n" +
 	"\x0eenroll_request\x18\x02 \x01(\v2\x1c.belay.wire.v1.EnrollRequestH\x00R\renrollRequest\x12H\n" +
@@ -3833,6 +4106,8 @@ const file_wire_proto_rawDesc = "" +
 	"taskStatus\x12E\n" +
 	"\x0eassignment_ack\x18\r \x01(\v2\x1c.belay.wire.v1.AssignmentAckH\x00R\rassignmentAck\x12)\n" +
 	"\x04ping\x18\x0e \x01(\v2\x13.belay.wire.v1.PingH\x00R\x04ping\x122\n" +
+	"\aholding\x18\x0f \x01(\v2\x16.belay.wire.v1.HoldingH\x00R\aholding\x12F\n" +
+	"\x0fend_of_holdings\x18\x10 \x01(\v2\x1c.belay.wire.v1.EndOfHoldingsH\x00R\rendOfHoldings\x122\n" +
 	"\awelcome\x18\x14 \x01(\v2\x16.belay.wire.v1.WelcomeH\x00R\awelcome\x12;\n" +
 	"\n" +
 	"assignment\x18\x15 \x01(\v2\x19.belay.wire.v1.AssignmentH\x00R\n" +
@@ -3875,7 +4150,7 @@ const file_wire_proto_rawDesc = "" +
 	"boottimeNs\x12 \n" +
 	"\fwall_unix_ns\x18\x03 \x01(\x03R\n" +
 	"wallUnixNs\x12\"\n" +
-	"\fsynchronized\x18\x04 \x01(\bR\fsynchronized\"\x9c\x03\n" +
+	"\fsynchronized\x18\x04 \x01(\bR\fsynchronized\"\xc5\x03\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1f\n" +
 	"\vinstance_id\x18\x02 \x01(\tR\n" +
@@ -3890,8 +4165,12 @@ const file_wire_proto_rawDesc = "" +
 	"\bsequence\x18\t \x01(\x04R\bsequence\x12*\n" +
 	"\x05facts\x18\n" +
 	" \x01(\v2\x14.belay.wire.v1.FactsR\x05facts\x12%\n" +
-	"\x03now\x18\v \x01(\v2\x13.belay.wire.v1.WhenR\x03now\x12\x18\n" +
-	"\aordinal\x18\x14 \x01(\x04R\aordinal\"\x9d\x02\n" +
+	"\x03now\x18\v \x01(\v2\x13.belay.wire.v1.WhenR\x03now\x12'\n" +
+	"\x04mark\x18\f \x01(\v2\x13.belay.wire.v1.MarkR\x04mark\x12\x18\n" +
+	"\aordinal\x18\x14 \x01(\x04R\aordinal\"6\n" +
+	"\x04Mark\x12\x12\n" +
+	"\x04life\x18\x01 \x01(\tR\x04life\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"\xe4\x02\n" +
 	"\aWelcome\x120\n" +
 	"\afailure\x18\x01 \x01(\v2\x16.belay.wire.v1.FailureR\afailure\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\rR\aversion\x12 \n" +
@@ -3900,7 +4179,10 @@ const file_wire_proto_rawDesc = "" +
 	"\taddresses\x18\x05 \x03(\tR\taddresses\x12\"\n" +
 	"\fcapabilities\x18\x06 \x03(\tR\fcapabilities\x12\x12\n" +
 	"\x04full\x18\a \x01(\bR\x04full\x12%\n" +
-	"\x03now\x18\b \x01(\v2\x13.belay.wire.v1.WhenR\x03now\"\xe3\x02\n" +
+	"\x03now\x18\b \x01(\v2\x13.belay.wire.v1.WhenR\x03now\x12'\n" +
+	"\x04mark\x18\t \x01(\v2\x13.belay.wire.v1.MarkR\x04mark\x12\x1c\n" +
+	"\treconcile\x18\n" +
+	" \x01(\bR\treconcile\"\xe3\x02\n" +
 	"\x05Facts\x12D\n" +
 	"\n" +
 	"attributes\x18\x01 \x03(\v2$.belay.wire.v1.Facts.AttributesEntryR\n" +
@@ -3954,7 +4236,7 @@ const file_wire_proto_rawDesc = "" +
 	"\amissing\x18\f \x03(\tR\amissing\"6\n" +
 	"\x04Port\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x12\n" +
-	"\x04port\x18\x02 \x01(\rR\x04port\"\xf5\x01\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"\x9e\x02\n" +
 	"\n" +
 	"Assignment\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x17\n" +
@@ -3964,15 +4246,18 @@ const file_wire_proto_rawDesc = "" +
 	"stopReason\x12\x18\n" +
 	"\aremoved\x18\x05 \x01(\bR\aremoved\x12+\n" +
 	"\x04spec\x18\x06 \x01(\v2\x17.belay.wire.v1.TaskSpecR\x04spec\x120\n" +
-	"\asecrets\x18\a \x01(\v2\x16.belay.wire.v1.SecretsR\asecrets\"\x80\x01\n" +
+	"\asecrets\x18\a \x01(\v2\x16.belay.wire.v1.SecretsR\asecrets\x12'\n" +
+	"\x04mark\x18\b \x01(\v2\x13.belay.wire.v1.MarkR\x04mark\"\x80\x01\n" +
 	"\aSecrets\x12:\n" +
 	"\x06values\x18\x01 \x03(\v2\".belay.wire.v1.Secrets.ValuesEntryR\x06values\x1a9\n" +
 	"\vValuesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\":\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"}\n" +
 	"\bEndOfSet\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x12\n" +
-	"\x04full\x18\x02 \x01(\bR\x04full\"+\n" +
+	"\x04full\x18\x02 \x01(\bR\x04full\x12'\n" +
+	"\x04mark\x18\x03 \x01(\v2\x13.belay.wire.v1.MarkR\x04mark\x12\x18\n" +
+	"\asettled\x18\x04 \x01(\bR\asettled\"+\n" +
 	"\rAssignmentAck\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\"\xfa\x04\n" +
 	"\bTaskSpec\x12\x16\n" +
@@ -4152,9 +4437,19 @@ const file_wire_proto_rawDesc = "" +
 	"layersDone\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x1d\n" +
 	"\n" +
-	"bytes_done\x18\x04 \x01(\x04R\tbytesDone\"'\n" +
+	"bytes_done\x18\x04 \x01(\x04R\tbytesDone\"P\n" +
 	"\tStatusAck\x12\x1a\n" +
-	"\bsequence\x18\x01 \x01(\x04R\bsequence\";\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12'\n" +
+	"\x04mark\x18\x02 \x01(\v2\x13.belay.wire.v1.MarkR\x04mark\"\xbd\x01\n" +
+	"\aHolding\x12\x17\n" +
+	"\atask_id\x18\x01 \x01(\tR\x06taskId\x12\x18\n" +
+	"\adesired\x18\x02 \x01(\tR\adesired\x12\x1f\n" +
+	"\vstop_reason\x18\x03 \x01(\tR\n" +
+	"stopReason\x12+\n" +
+	"\x04spec\x18\x04 \x01(\v2\x17.belay.wire.v1.TaskSpecR\x04spec\x121\n" +
+	"\x06status\x18\x05 \x01(\v2\x19.belay.wire.v1.TaskStatusR\x06status\"%\n" +
+	"\rEndOfHoldings\x12\x14\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\";\n" +
 	"\aGoodbye\x120\n" +
 	"\afailure\x18\x01 \x01(\v2\x16.belay.wire.v1.FailureR\afailure\"\x16\n" +
 	"\x04Ping\x12\x0e\n" +
@@ -4197,7 +4492,7 @@ func file_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_wire_proto_goTypes = []any{
 	(StreamType)(0),         // 0: belay.wire.v1.StreamType
 	(*Frame)(nil),           // 1: belay.wire.v1.Frame
@@ -4207,114 +4502,126 @@ var file_wire_proto_goTypes = []any{
 	(*EnrollResponse)(nil),  // 5: belay.wire.v1.EnrollResponse
 	(*When)(nil),            // 6: belay.wire.v1.When
 	(*Hello)(nil),           // 7: belay.wire.v1.Hello
-	(*Welcome)(nil),         // 8: belay.wire.v1.Welcome
-	(*Facts)(nil),           // 9: belay.wire.v1.Facts
-	(*DeviceFact)(nil),      // 10: belay.wire.v1.DeviceFact
-	(*DeviceRef)(nil),       // 11: belay.wire.v1.DeviceRef
-	(*DeviceRequest)(nil),   // 12: belay.wire.v1.DeviceRequest
-	(*PluginInfo)(nil),      // 13: belay.wire.v1.PluginInfo
-	(*Port)(nil),            // 14: belay.wire.v1.Port
-	(*Assignment)(nil),      // 15: belay.wire.v1.Assignment
-	(*Secrets)(nil),         // 16: belay.wire.v1.Secrets
-	(*EndOfSet)(nil),        // 17: belay.wire.v1.EndOfSet
-	(*AssignmentAck)(nil),   // 18: belay.wire.v1.AssignmentAck
-	(*TaskSpec)(nil),        // 19: belay.wire.v1.TaskSpec
-	(*Platform)(nil),        // 20: belay.wire.v1.Platform
-	(*Volume)(nil),          // 21: belay.wire.v1.Volume
-	(*Container)(nil),       // 22: belay.wire.v1.Container
-	(*KeyValue)(nil),        // 23: belay.wire.v1.KeyValue
-	(*PortMapping)(nil),     // 24: belay.wire.v1.PortMapping
-	(*Mount)(nil),           // 25: belay.wire.v1.Mount
-	(*VolumeFrom)(nil),      // 26: belay.wire.v1.VolumeFrom
-	(*Dependency)(nil),      // 27: belay.wire.v1.Dependency
-	(*HealthCheck)(nil),     // 28: belay.wire.v1.HealthCheck
-	(*RestartPolicy)(nil),   // 29: belay.wire.v1.RestartPolicy
-	(*Device)(nil),          // 30: belay.wire.v1.Device
-	(*Ulimit)(nil),          // 31: belay.wire.v1.Ulimit
-	(*Tmpfs)(nil),           // 32: belay.wire.v1.Tmpfs
-	(*Host)(nil),            // 33: belay.wire.v1.Host
-	(*TaskStatus)(nil),      // 34: belay.wire.v1.TaskStatus
-	(*ContainerStatus)(nil), // 35: belay.wire.v1.ContainerStatus
-	(*PullProgress)(nil),    // 36: belay.wire.v1.PullProgress
-	(*StatusAck)(nil),       // 37: belay.wire.v1.StatusAck
-	(*Goodbye)(nil),         // 38: belay.wire.v1.Goodbye
-	(*Ping)(nil),            // 39: belay.wire.v1.Ping
-	(*Pong)(nil),            // 40: belay.wire.v1.Pong
-	(*Request)(nil),         // 41: belay.wire.v1.Request
-	(*LogsRequest)(nil),     // 42: belay.wire.v1.LogsRequest
-	(*Reply)(nil),           // 43: belay.wire.v1.Reply
-	(*Chunk)(nil),           // 44: belay.wire.v1.Chunk
-	(*Done)(nil),            // 45: belay.wire.v1.Done
-	nil,                     // 46: belay.wire.v1.Facts.AttributesEntry
-	nil,                     // 47: belay.wire.v1.DeviceFact.AttributesEntry
-	nil,                     // 48: belay.wire.v1.Secrets.ValuesEntry
-	nil,                     // 49: belay.wire.v1.TaskSpec.TagsEntry
+	(*Mark)(nil),            // 8: belay.wire.v1.Mark
+	(*Welcome)(nil),         // 9: belay.wire.v1.Welcome
+	(*Facts)(nil),           // 10: belay.wire.v1.Facts
+	(*DeviceFact)(nil),      // 11: belay.wire.v1.DeviceFact
+	(*DeviceRef)(nil),       // 12: belay.wire.v1.DeviceRef
+	(*DeviceRequest)(nil),   // 13: belay.wire.v1.DeviceRequest
+	(*PluginInfo)(nil),      // 14: belay.wire.v1.PluginInfo
+	(*Port)(nil),            // 15: belay.wire.v1.Port
+	(*Assignment)(nil),      // 16: belay.wire.v1.Assignment
+	(*Secrets)(nil),         // 17: belay.wire.v1.Secrets
+	(*EndOfSet)(nil),        // 18: belay.wire.v1.EndOfSet
+	(*AssignmentAck)(nil),   // 19: belay.wire.v1.AssignmentAck
+	(*TaskSpec)(nil),        // 20: belay.wire.v1.TaskSpec
+	(*Platform)(nil),        // 21: belay.wire.v1.Platform
+	(*Volume)(nil),          // 22: belay.wire.v1.Volume
+	(*Container)(nil),       // 23: belay.wire.v1.Container
+	(*KeyValue)(nil),        // 24: belay.wire.v1.KeyValue
+	(*PortMapping)(nil),     // 25: belay.wire.v1.PortMapping
+	(*Mount)(nil),           // 26: belay.wire.v1.Mount
+	(*VolumeFrom)(nil),      // 27: belay.wire.v1.VolumeFrom
+	(*Dependency)(nil),      // 28: belay.wire.v1.Dependency
+	(*HealthCheck)(nil),     // 29: belay.wire.v1.HealthCheck
+	(*RestartPolicy)(nil),   // 30: belay.wire.v1.RestartPolicy
+	(*Device)(nil),          // 31: belay.wire.v1.Device
+	(*Ulimit)(nil),          // 32: belay.wire.v1.Ulimit
+	(*Tmpfs)(nil),           // 33: belay.wire.v1.Tmpfs
+	(*Host)(nil),            // 34: belay.wire.v1.Host
+	(*TaskStatus)(nil),      // 35: belay.wire.v1.TaskStatus
+	(*ContainerStatus)(nil), // 36: belay.wire.v1.ContainerStatus
+	(*PullProgress)(nil),    // 37: belay.wire.v1.PullProgress
+	(*StatusAck)(nil),       // 38: belay.wire.v1.StatusAck
+	(*Holding)(nil),         // 39: belay.wire.v1.Holding
+	(*EndOfHoldings)(nil),   // 40: belay.wire.v1.EndOfHoldings
+	(*Goodbye)(nil),         // 41: belay.wire.v1.Goodbye
+	(*Ping)(nil),            // 42: belay.wire.v1.Ping
+	(*Pong)(nil),            // 43: belay.wire.v1.Pong
+	(*Request)(nil),         // 44: belay.wire.v1.Request
+	(*LogsRequest)(nil),     // 45: belay.wire.v1.LogsRequest
+	(*Reply)(nil),           // 46: belay.wire.v1.Reply
+	(*Chunk)(nil),           // 47: belay.wire.v1.Chunk
+	(*Done)(nil),            // 48: belay.wire.v1.Done
+	nil,                     // 49: belay.wire.v1.Facts.AttributesEntry
+	nil,                     // 50: belay.wire.v1.DeviceFact.AttributesEntry
+	nil,                     // 51: belay.wire.v1.Secrets.ValuesEntry
+	nil,                     // 52: belay.wire.v1.TaskSpec.TagsEntry
 }
 var file_wire_proto_depIdxs = []int32{
 	2,  // 0: belay.wire.v1.Frame.open:type_name -> belay.wire.v1.Open
 	4,  // 1: belay.wire.v1.Frame.enroll_request:type_name -> belay.wire.v1.EnrollRequest
 	5,  // 2: belay.wire.v1.Frame.enroll_response:type_name -> belay.wire.v1.EnrollResponse
 	7,  // 3: belay.wire.v1.Frame.hello:type_name -> belay.wire.v1.Hello
-	9,  // 4: belay.wire.v1.Frame.facts:type_name -> belay.wire.v1.Facts
-	34, // 5: belay.wire.v1.Frame.task_status:type_name -> belay.wire.v1.TaskStatus
-	18, // 6: belay.wire.v1.Frame.assignment_ack:type_name -> belay.wire.v1.AssignmentAck
-	39, // 7: belay.wire.v1.Frame.ping:type_name -> belay.wire.v1.Ping
-	8,  // 8: belay.wire.v1.Frame.welcome:type_name -> belay.wire.v1.Welcome
-	15, // 9: belay.wire.v1.Frame.assignment:type_name -> belay.wire.v1.Assignment
-	17, // 10: belay.wire.v1.Frame.end_of_set:type_name -> belay.wire.v1.EndOfSet
-	37, // 11: belay.wire.v1.Frame.status_ack:type_name -> belay.wire.v1.StatusAck
-	38, // 12: belay.wire.v1.Frame.goodbye:type_name -> belay.wire.v1.Goodbye
-	40, // 13: belay.wire.v1.Frame.pong:type_name -> belay.wire.v1.Pong
-	41, // 14: belay.wire.v1.Frame.request:type_name -> belay.wire.v1.Request
-	43, // 15: belay.wire.v1.Frame.reply:type_name -> belay.wire.v1.Reply
-	44, // 16: belay.wire.v1.Frame.chunk:type_name -> belay.wire.v1.Chunk
-	45, // 17: belay.wire.v1.Frame.done:type_name -> belay.wire.v1.Done
-	0,  // 18: belay.wire.v1.Open.type:type_name -> belay.wire.v1.StreamType
-	9,  // 19: belay.wire.v1.EnrollRequest.facts:type_name -> belay.wire.v1.Facts
-	3,  // 20: belay.wire.v1.EnrollResponse.failure:type_name -> belay.wire.v1.Failure
-	9,  // 21: belay.wire.v1.Hello.facts:type_name -> belay.wire.v1.Facts
-	6,  // 22: belay.wire.v1.Hello.now:type_name -> belay.wire.v1.When
-	3,  // 23: belay.wire.v1.Welcome.failure:type_name -> belay.wire.v1.Failure
-	6,  // 24: belay.wire.v1.Welcome.now:type_name -> belay.wire.v1.When
-	46, // 25: belay.wire.v1.Facts.attributes:type_name -> belay.wire.v1.Facts.AttributesEntry
-	13, // 26: belay.wire.v1.Facts.plugins:type_name -> belay.wire.v1.PluginInfo
-	14, // 27: belay.wire.v1.Facts.reserved_ports:type_name -> belay.wire.v1.Port
-	10, // 28: belay.wire.v1.Facts.devices:type_name -> belay.wire.v1.DeviceFact
-	47, // 29: belay.wire.v1.DeviceFact.attributes:type_name -> belay.wire.v1.DeviceFact.AttributesEntry
-	19, // 30: belay.wire.v1.Assignment.spec:type_name -> belay.wire.v1.TaskSpec
-	16, // 31: belay.wire.v1.Assignment.secrets:type_name -> belay.wire.v1.Secrets
-	48, // 32: belay.wire.v1.Secrets.values:type_name -> belay.wire.v1.Secrets.ValuesEntry
-	22, // 33: belay.wire.v1.TaskSpec.containers:type_name -> belay.wire.v1.Container
-	21, // 34: belay.wire.v1.TaskSpec.volumes:type_name -> belay.wire.v1.Volume
-	20, // 35: belay.wire.v1.TaskSpec.platform:type_name -> belay.wire.v1.Platform
-	49, // 36: belay.wire.v1.TaskSpec.tags:type_name -> belay.wire.v1.TaskSpec.TagsEntry
-	23, // 37: belay.wire.v1.Container.environment:type_name -> belay.wire.v1.KeyValue
-	24, // 38: belay.wire.v1.Container.ports:type_name -> belay.wire.v1.PortMapping
-	25, // 39: belay.wire.v1.Container.mounts:type_name -> belay.wire.v1.Mount
-	26, // 40: belay.wire.v1.Container.volumes_from:type_name -> belay.wire.v1.VolumeFrom
-	27, // 41: belay.wire.v1.Container.depends_on:type_name -> belay.wire.v1.Dependency
-	28, // 42: belay.wire.v1.Container.health_check:type_name -> belay.wire.v1.HealthCheck
-	29, // 43: belay.wire.v1.Container.restart_policy:type_name -> belay.wire.v1.RestartPolicy
-	30, // 44: belay.wire.v1.Container.devices:type_name -> belay.wire.v1.Device
-	31, // 45: belay.wire.v1.Container.ulimits:type_name -> belay.wire.v1.Ulimit
-	32, // 46: belay.wire.v1.Container.tmpfs:type_name -> belay.wire.v1.Tmpfs
-	23, // 47: belay.wire.v1.Container.sysctls:type_name -> belay.wire.v1.KeyValue
-	23, // 48: belay.wire.v1.Container.labels:type_name -> belay.wire.v1.KeyValue
-	33, // 49: belay.wire.v1.Container.extra_hosts:type_name -> belay.wire.v1.Host
-	12, // 50: belay.wire.v1.Container.device_requests:type_name -> belay.wire.v1.DeviceRequest
-	35, // 51: belay.wire.v1.TaskStatus.containers:type_name -> belay.wire.v1.ContainerStatus
-	6,  // 52: belay.wire.v1.TaskStatus.at:type_name -> belay.wire.v1.When
-	24, // 53: belay.wire.v1.ContainerStatus.ports:type_name -> belay.wire.v1.PortMapping
-	36, // 54: belay.wire.v1.ContainerStatus.pull:type_name -> belay.wire.v1.PullProgress
-	11, // 55: belay.wire.v1.ContainerStatus.devices:type_name -> belay.wire.v1.DeviceRef
-	3,  // 56: belay.wire.v1.Goodbye.failure:type_name -> belay.wire.v1.Failure
-	42, // 57: belay.wire.v1.Request.logs:type_name -> belay.wire.v1.LogsRequest
-	3,  // 58: belay.wire.v1.Done.failure:type_name -> belay.wire.v1.Failure
-	59, // [59:59] is the sub-list for method output_type
-	59, // [59:59] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	10, // 4: belay.wire.v1.Frame.facts:type_name -> belay.wire.v1.Facts
+	35, // 5: belay.wire.v1.Frame.task_status:type_name -> belay.wire.v1.TaskStatus
+	19, // 6: belay.wire.v1.Frame.assignment_ack:type_name -> belay.wire.v1.AssignmentAck
+	42, // 7: belay.wire.v1.Frame.ping:type_name -> belay.wire.v1.Ping
+	39, // 8: belay.wire.v1.Frame.holding:type_name -> belay.wire.v1.Holding
+	40, // 9: belay.wire.v1.Frame.end_of_holdings:type_name -> belay.wire.v1.EndOfHoldings
+	9,  // 10: belay.wire.v1.Frame.welcome:type_name -> belay.wire.v1.Welcome
+	16, // 11: belay.wire.v1.Frame.assignment:type_name -> belay.wire.v1.Assignment
+	18, // 12: belay.wire.v1.Frame.end_of_set:type_name -> belay.wire.v1.EndOfSet
+	38, // 13: belay.wire.v1.Frame.status_ack:type_name -> belay.wire.v1.StatusAck
+	41, // 14: belay.wire.v1.Frame.goodbye:type_name -> belay.wire.v1.Goodbye
+	43, // 15: belay.wire.v1.Frame.pong:type_name -> belay.wire.v1.Pong
+	44, // 16: belay.wire.v1.Frame.request:type_name -> belay.wire.v1.Request
+	46, // 17: belay.wire.v1.Frame.reply:type_name -> belay.wire.v1.Reply
+	47, // 18: belay.wire.v1.Frame.chunk:type_name -> belay.wire.v1.Chunk
+	48, // 19: belay.wire.v1.Frame.done:type_name -> belay.wire.v1.Done
+	0,  // 20: belay.wire.v1.Open.type:type_name -> belay.wire.v1.StreamType
+	10, // 21: belay.wire.v1.EnrollRequest.facts:type_name -> belay.wire.v1.Facts
+	3,  // 22: belay.wire.v1.EnrollResponse.failure:type_name -> belay.wire.v1.Failure
+	10, // 23: belay.wire.v1.Hello.facts:type_name -> belay.wire.v1.Facts
+	6,  // 24: belay.wire.v1.Hello.now:type_name -> belay.wire.v1.When
+	8,  // 25: belay.wire.v1.Hello.mark:type_name -> belay.wire.v1.Mark
+	3,  // 26: belay.wire.v1.Welcome.failure:type_name -> belay.wire.v1.Failure
+	6,  // 27: belay.wire.v1.Welcome.now:type_name -> belay.wire.v1.When
+	8,  // 28: belay.wire.v1.Welcome.mark:type_name -> belay.wire.v1.Mark
+	49, // 29: belay.wire.v1.Facts.attributes:type_name -> belay.wire.v1.Facts.AttributesEntry
+	14, // 30: belay.wire.v1.Facts.plugins:type_name -> belay.wire.v1.PluginInfo
+	15, // 31: belay.wire.v1.Facts.reserved_ports:type_name -> belay.wire.v1.Port
+	11, // 32: belay.wire.v1.Facts.devices:type_name -> belay.wire.v1.DeviceFact
+	50, // 33: belay.wire.v1.DeviceFact.attributes:type_name -> belay.wire.v1.DeviceFact.AttributesEntry
+	20, // 34: belay.wire.v1.Assignment.spec:type_name -> belay.wire.v1.TaskSpec
+	17, // 35: belay.wire.v1.Assignment.secrets:type_name -> belay.wire.v1.Secrets
+	8,  // 36: belay.wire.v1.Assignment.mark:type_name -> belay.wire.v1.Mark
+	51, // 37: belay.wire.v1.Secrets.values:type_name -> belay.wire.v1.Secrets.ValuesEntry
+	8,  // 38: belay.wire.v1.EndOfSet.mark:type_name -> belay.wire.v1.Mark
+	23, // 39: belay.wire.v1.TaskSpec.containers:type_name -> belay.wire.v1.Container
+	22, // 40: belay.wire.v1.TaskSpec.volumes:type_name -> belay.wire.v1.Volume
+	21, // 41: belay.wire.v1.TaskSpec.platform:type_name -> belay.wire.v1.Platform
+	52, // 42: belay.wire.v1.TaskSpec.tags:type_name -> belay.wire.v1.TaskSpec.TagsEntry
+	24, // 43: belay.wire.v1.Container.environment:type_name -> belay.wire.v1.KeyValue
+	25, // 44: belay.wire.v1.Container.ports:type_name -> belay.wire.v1.PortMapping
+	26, // 45: belay.wire.v1.Container.mounts:type_name -> belay.wire.v1.Mount
+	27, // 46: belay.wire.v1.Container.volumes_from:type_name -> belay.wire.v1.VolumeFrom
+	28, // 47: belay.wire.v1.Container.depends_on:type_name -> belay.wire.v1.Dependency
+	29, // 48: belay.wire.v1.Container.health_check:type_name -> belay.wire.v1.HealthCheck
+	30, // 49: belay.wire.v1.Container.restart_policy:type_name -> belay.wire.v1.RestartPolicy
+	31, // 50: belay.wire.v1.Container.devices:type_name -> belay.wire.v1.Device
+	32, // 51: belay.wire.v1.Container.ulimits:type_name -> belay.wire.v1.Ulimit
+	33, // 52: belay.wire.v1.Container.tmpfs:type_name -> belay.wire.v1.Tmpfs
+	24, // 53: belay.wire.v1.Container.sysctls:type_name -> belay.wire.v1.KeyValue
+	24, // 54: belay.wire.v1.Container.labels:type_name -> belay.wire.v1.KeyValue
+	34, // 55: belay.wire.v1.Container.extra_hosts:type_name -> belay.wire.v1.Host
+	13, // 56: belay.wire.v1.Container.device_requests:type_name -> belay.wire.v1.DeviceRequest
+	36, // 57: belay.wire.v1.TaskStatus.containers:type_name -> belay.wire.v1.ContainerStatus
+	6,  // 58: belay.wire.v1.TaskStatus.at:type_name -> belay.wire.v1.When
+	25, // 59: belay.wire.v1.ContainerStatus.ports:type_name -> belay.wire.v1.PortMapping
+	37, // 60: belay.wire.v1.ContainerStatus.pull:type_name -> belay.wire.v1.PullProgress
+	12, // 61: belay.wire.v1.ContainerStatus.devices:type_name -> belay.wire.v1.DeviceRef
+	8,  // 62: belay.wire.v1.StatusAck.mark:type_name -> belay.wire.v1.Mark
+	20, // 63: belay.wire.v1.Holding.spec:type_name -> belay.wire.v1.TaskSpec
+	35, // 64: belay.wire.v1.Holding.status:type_name -> belay.wire.v1.TaskStatus
+	3,  // 65: belay.wire.v1.Goodbye.failure:type_name -> belay.wire.v1.Failure
+	45, // 66: belay.wire.v1.Request.logs:type_name -> belay.wire.v1.LogsRequest
+	3,  // 67: belay.wire.v1.Done.failure:type_name -> belay.wire.v1.Failure
+	68, // [68:68] is the sub-list for method output_type
+	68, // [68:68] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_wire_proto_init() }
@@ -4331,6 +4638,8 @@ func file_wire_proto_init() {
 		(*Frame_TaskStatus)(nil),
 		(*Frame_AssignmentAck)(nil),
 		(*Frame_Ping)(nil),
+		(*Frame_Holding)(nil),
+		(*Frame_EndOfHoldings)(nil),
 		(*Frame_Welcome)(nil),
 		(*Frame_Assignment)(nil),
 		(*Frame_EndOfSet)(nil),
@@ -4342,9 +4651,9 @@ func file_wire_proto_init() {
 		(*Frame_Chunk)(nil),
 		(*Frame_Done)(nil),
 	}
-	file_wire_proto_msgTypes[21].OneofWrappers = []any{}
-	file_wire_proto_msgTypes[34].OneofWrappers = []any{}
-	file_wire_proto_msgTypes[40].OneofWrappers = []any{
+	file_wire_proto_msgTypes[22].OneofWrappers = []any{}
+	file_wire_proto_msgTypes[35].OneofWrappers = []any{}
+	file_wire_proto_msgTypes[43].OneofWrappers = []any{
 		(*Request_Logs)(nil),
 	}
 	type x struct{}
@@ -4353,7 +4662,7 @@ func file_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_proto_rawDesc), len(file_wire_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   49,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -225,7 +225,7 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 	return link.New(link.Config{
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
-		Capabilities: []string{wire.CapabilityDevices, wire.CapabilityDisconnect},
+		Capabilities: []string{wire.CapabilityDevices, wire.CapabilityDisconnect, wire.CapabilityReconcile},
 		Facts:        d.told(), Clock: clock, Logger: d.log, Proxy: proxy, Watch: d.dog.Watch,
 		ProbeFirst: time.Duration(d.cfg.Tunnel.ProbeFirst), ProbeMost: time.Duration(d.cfg.Tunnel.ProbeMost),
 		Known: known(d.cfg.StateDir), Resolved: remember(d.cfg.StateDir, d.log),

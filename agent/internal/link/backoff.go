@@ -80,7 +80,7 @@ func refused(code string) bool { return code != wire.CodeShutdown && code != "" 
 // hopeless refusals need a person: the device asks again slowly, for ever.
 func hopeless(code string) bool {
 	switch code {
-	case wire.CodeDenied, wire.CodeNotFound, wire.CodeUnknownKey, wire.CodeVersion:
+	case wire.CodeDenied, wire.CodeNotFound, wire.CodeUnknownKey, wire.CodeVersion, wire.CodeCloned:
 		return true
 	}
 	return false

@@ -101,6 +101,8 @@ type Link struct {
 	facts     *wire.Facts
 	factsGen  int
 	ack       ackLevel
+	held      []*wire.Holding // until a session has them
+	heldGen   int
 	wake      chan struct{} // cap 1: there may be something to send
 
 	changed chan string   // cap 1: the network, and why
@@ -116,6 +118,7 @@ type ackLevel struct {
 var (
 	_ agent.Uplink    = (*Link)(nil)
 	_ agent.Forgetter = (*Link)(nil)
+	_ agent.Holder    = (*Link)(nil)
 )
 
 // New makes a Link; Attach and then Run make it work.

@@ -55,11 +55,15 @@ type session struct {
 	sent     map[string]uint64
 	factsGen int
 	ack      ackLevel
+	heldGen  int             // of the holdings made before this session
+	holdings []*wire.Holding // still to be sent, of told
+	told     int
 }
 
 // set is one complete batch of assignments.
 type set struct {
 	full        bool
+	settled     bool
 	sequence    uint64
 	assignments []*wire.Assignment
 }
@@ -83,6 +87,7 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 		Sequence:        sequence,
 		Facts:           l.facts,
 		Ordinal:         l.ordinal,
+		Mark:            l.mark(),
 	}
 	l.ordinal++
 	s := &session{
@@ -92,7 +97,8 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 		doubts: make(chan doubt, 1), checks: make(chan struct{}, 1),
 		sent: map[string]uint64{}, factsGen: l.factsGen,
 		// Hello says what is held: it needs no acknowledgement.
-		ack: ackLevel{incarnation, sequence},
+		ack:     ackLevel{incarnation, sequence},
+		heldGen: l.heldGen,
 	}
 	l.mu.Unlock()
 	if c := l.cfg.Clock; c != nil {
@@ -123,6 +129,7 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
+	l.welcomed(s.welcome)
 	return s, nil
 }
 
@@ -329,12 +336,19 @@ func (s *session) read() error {
 			pending.assignments = append(pending.assignments, b.Assignment)
 		case *wire.Frame_EndOfSet:
 			pending.full, pending.sequence = b.EndOfSet.GetFull(), b.EndOfSet.GetSequence()
+			pending.settled = pending.full && b.EndOfSet.GetSettled()
+			if !s.link.saw(b.EndOfSet.GetMark()) {
+				return errSuperseded
+			}
 			select {
 			case s.sets <- pending:
 			case <-s.active.Done(): // nobody takes it
 			}
 			pending = set{}
 		case *wire.Frame_StatusAck:
+			if !s.link.saw(b.StatusAck.GetMark()) {
+				return errSuperseded
+			}
 			s.link.acked(b.StatusAck.GetSequence())
 		case *wire.Frame_Ping:
 			select {
@@ -369,7 +383,7 @@ func (s *session) apply(ctx context.Context) error {
 			}
 		case <-retry:
 		}
-		err := s.link.down.Assign(ctx, s.welcome.Incarnation, todo.full, todo.assignments, todo.sequence)
+		err := s.assign(ctx, todo)
 		switch {
 		case err == nil:
 			s.link.AckAssignments(s.welcome.Incarnation, todo.sequence)
@@ -387,7 +401,7 @@ func (s *session) apply(ctx context.Context) error {
 // and is a set that waits with a later one added to it.
 func (s *set) and(next set) *set {
 	if s != nil && !next.full {
-		next.full = s.full
+		next.full, next.settled = s.full, s.settled
 		next.assignments = slices.Concat(s.assignments, next.assignments)
 	}
 	return &next
@@ -524,6 +538,7 @@ func (s *session) news() []*wire.Frame {
 		s.ack = l.ack
 		frames = append(frames, &wire.Frame{Body: &wire.Frame_AssignmentAck{AssignmentAck: &wire.AssignmentAck{Sequence: l.ack.sequence}}})
 	}
+	frames = append(frames, s.newHoldings()...)
 	var due []*wire.TaskStatus
 	for id, st := range l.statuses {
 		if sent, ok := s.sent[id]; !ok || sent != st.Sequence {

@@ -12,7 +12,8 @@ import (
 )
 
 func (c *cli) instance() *cobra.Command {
-	return holder("instance", "Enrolled devices", c.instanceList(), c.instanceDescribe(), c.instanceDeregister())
+	return holder("instance", "Enrolled devices", c.instanceList(), c.instanceDescribe(), c.instanceDeregister(),
+		c.instanceAdopt(), c.instanceDrop(), c.instanceRebind())
 }
 
 func (c *cli) listInstances(ctx context.Context, cluster string) (*apiv1.ListInstancesResponse, error) {
@@ -44,7 +45,7 @@ func (c *cli) instanceList() *cobra.Command {
 			return c.show(all, func() {
 				var rows [][]string
 				for _, i := range all.GetInstances() {
-					rows = append(rows, []string{shortID(i.GetId()), i.GetCluster(), i.GetHostname(), i.GetStatus(), c.link(i),
+					rows = append(rows, []string{shortID(i.GetId()), i.GetCluster(), i.GetHostname(), instanceStatus(i), c.link(i),
 						fmt.Sprint(i.GetRunningTasks()), c.age(i.GetRegisteredAt())})
 				}
 				c.table([]string{"ID", "CLUSTER~", "HOSTNAME~", "STATUS", "LINK", "TASKS", "AGE"}, rows)
@@ -89,13 +90,14 @@ func (c *cli) instanceTable(i *apiv1.Instance) {
 		connected = "yes, by " + i.GetTransport() + ", since " + c.since(i.GetConnectedAt())
 	}
 	c.fields(
-		"id", i.GetId(), "cluster", i.GetCluster(), "hostname", i.GetHostname(), "status", i.GetStatus(),
+		"id", i.GetId(), "cluster", i.GetCluster(), "hostname", i.GetHostname(), "status", instanceStatus(i),
 		"connected", connected, "last seen", c.since(i.GetLastSeenAt()),
 		"registered", c.since(i.GetRegisteredAt()), "activation", shortID(i.GetActivationId()), "agent", i.GetAgentVersion(),
 		"cpu", fmt.Sprintf("%s cores, %s free", cpuCores(registered.GetCpu()), cpuCores(remaining.GetCpu())),
 		"memory", fmt.Sprintf("%d MiB, %d MiB free", registered.GetMemory(), remaining.GetMemory()),
 		"ports taken", strings.Join(remaining.GetPorts(), ", "),
 		"tasks", fmt.Sprintf("%d running, %d pending", i.GetRunningTasks(), i.GetPendingTasks()))
+	c.conflictTable(i)
 	if len(i.GetAttributes()) > 0 {
 		fmt.Fprintln(c.stdout, "\nattributes:")
 		for _, a := range i.GetAttributes() {

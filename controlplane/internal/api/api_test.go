@@ -46,6 +46,7 @@ func (tunnels) Session(string) (controlplane.Session, bool) {
 }
 func (tunnels) LastSeen(string) time.Time         { return time.Time{} }
 func (tunnels) Disconnect(string, string, string) {}
+func (tunnels) Rebind(string)                     {}
 func (tunnels) Logs(_ context.Context, _ string, r *wire.LogsRequest, f func(*wire.Chunk) error) error {
 	if err := f(&wire.Chunk{Stream: "stdout", Data: []byte("one " + r.TaskId)}); err != nil {
 		return err

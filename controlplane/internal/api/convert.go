@@ -107,10 +107,25 @@ func instance(v controlplane.InstanceView) *apiv1.Instance {
 			}),
 		}
 	})
+	if c := v.Conflict; c != nil {
+		i.Conflict = &apiv1.Conflict{
+			Since: stamp(c.Since), Reported: c.Reported,
+			OnlyOnDevice: each(c.OnlyOnDevice, conflictTask), OnlyInStore: each(c.OnlyInStore, conflictTask),
+		}
+	}
+	if d := v.Duplicate; d != nil {
+		i.Duplicate = &apiv1.Duplicate{Hostname: d.Hostname, Address: d.Address, FirstSeenAt: stamp(d.FirstSeen), LastSeenAt: stamp(d.LastSeen)}
+	}
 	if v.Connected {
 		i.Transport, i.ConnectedAt = v.Session.Transport, stamp(v.Session.ConnectedAt)
 	}
 	return i
+}
+
+func conflictTask(t controlplane.Task) *apiv1.ConflictTask {
+	return &apiv1.ConflictTask{
+		Id: t.ID, TaskDefinition: fmt.Sprintf("%s:%d", t.Family, t.Revision), LastStatus: t.LastStatus, DesiredStatus: t.DesiredStatus,
+	}
 }
 
 func taskDefinition(d controlplane.TaskDefinitionRecord) *apiv1.TaskDefinition {

@@ -133,3 +133,39 @@ func (s *server) DeregisterInstance(ctx context.Context, r *connect.Request[apiv
 	}
 	return connect.NewResponse(&apiv1.DeregisterInstanceResponse{Instance: instance(v), Revision: uint64(revision)}), nil
 }
+
+func (s *server) AdoptInstance(ctx context.Context, r *connect.Request[apiv1.AdoptInstanceRequest]) (*connect.Response[apiv1.AdoptInstanceResponse], error) {
+	m := r.Msg
+	if err := s.authorize(ctx, "instance:adopt", m.Id); err != nil {
+		return nil, err
+	}
+	v, revision, err := s.plane.AdoptInstance(ctx, m.ClientToken, m.Id)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&apiv1.AdoptInstanceResponse{Instance: instance(v), Revision: uint64(revision)}), nil
+}
+
+func (s *server) DropInstance(ctx context.Context, r *connect.Request[apiv1.DropInstanceRequest]) (*connect.Response[apiv1.DropInstanceResponse], error) {
+	m := r.Msg
+	if err := s.authorize(ctx, "instance:drop", m.Id); err != nil {
+		return nil, err
+	}
+	v, revision, err := s.plane.DropInstance(ctx, m.ClientToken, m.Id)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&apiv1.DropInstanceResponse{Instance: instance(v), Revision: uint64(revision)}), nil
+}
+
+func (s *server) RebindInstance(ctx context.Context, r *connect.Request[apiv1.RebindInstanceRequest]) (*connect.Response[apiv1.RebindInstanceResponse], error) {
+	m := r.Msg
+	if err := s.authorize(ctx, "instance:rebind", m.Id); err != nil {
+		return nil, err
+	}
+	v, revision, err := s.plane.RebindInstance(ctx, m.ClientToken, m.Id)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&apiv1.RebindInstanceResponse{Instance: instance(v), Revision: uint64(revision)}), nil
+}

@@ -37,6 +37,13 @@ type devices struct {
 	enrol    controlplane.Instance // what Enroll answers
 	refuse   error
 	gate     chan struct{} // when set, ReportTask waits for it
+
+	life       string // "": as a control plane of before marks
+	reconcile  bool   // what Meet answers
+	positions  []controlplane.Position
+	held       []*wire.Holding
+	known      controlplane.Instance // what Authenticate answers, but for its ID
+	duplicates []controlplane.Duplicate
 }
 
 func newDevices() *devices {
@@ -59,6 +66,29 @@ func (d *devices) assign(a *wire.Assignment) {
 }
 
 func (d *devices) Incarnation() string { return "i1" }
+
+func (d *devices) Mark() (string, int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.life, 7
+}
+
+func (d *devices) Meet(_ context.Context, _ string, at controlplane.Position, _ bool) (controlplane.Greeting, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.positions = append(d.positions, at)
+	return controlplane.Greeting{Sequence: at.Sequence, Reconcile: d.reconcile}, nil
+}
+
+func (d *devices) ReportHoldings(_ context.Context, _ string, hs []*wire.Holding) error {
+	d.change(func() { d.held = hs })
+	return nil
+}
+
+func (d *devices) ReportDuplicate(_ context.Context, _ string, dup controlplane.Duplicate) error {
+	d.change(func() { d.duplicates = append(d.duplicates, dup) })
+	return nil
+}
 
 func (d *devices) Enroll(_ context.Context, e controlplane.Enrollment) (controlplane.Instance, bool, error) {
 	d.mu.Lock()
@@ -90,7 +120,9 @@ func (d *devices) Authenticate(_ context.Context, instance, key string) (control
 	case d.key != "" && d.key != key:
 		return controlplane.Instance{}, controlplane.Errorf(controlplane.Unauthenticated, "instance %s has another key", instance)
 	}
-	return controlplane.Instance{ID: instance}, nil
+	known := d.known
+	known.ID = instance
+	return known, nil
 }
 
 func (d *devices) ReportFacts(_ context.Context, _ string, h controlplane.Hello) error {

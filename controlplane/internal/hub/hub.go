@@ -71,6 +71,7 @@ type Hub struct {
 
 	mu       sync.Mutex
 	sessions map[string]*session  // by instance
+	rivals   map[string]*rivals   // by instance, of those that had any
 	seen     map[string]time.Time // by instance, for those without a session
 }
 
@@ -90,6 +91,7 @@ func New(cfg Config) *Hub {
 		fresh:    carrier.NewSources(maxFromOne),
 		gate:     newGate(cfg.Registrations, cfg.Logger),
 		sessions: map[string]*session{},
+		rivals:   map[string]*rivals{},
 		seen:     map[string]time.Time{},
 	}
 }
@@ -207,9 +209,8 @@ func (h *Hub) install(s *session) bool {
 	if old == nil {
 		return true
 	}
-	if old.nonce != s.nonce && old.machine != s.machine {
-		s.log.Warn("two machines use the key of one instance: enrol each of them by itself",
-			"other", old.wire.RemoteAddr().String())
+	if old.nonce != s.nonce {
+		h.replaced(s.instance, old.nonce)
 	}
 	// An agent that moves to another way lets what it was asked over the old
 	// one finish; any other is gone, or an impostor.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,8 +24,10 @@ type session struct {
 	instance string
 	key      string // fingerprint
 	nonce    string
-	machine  string
+	machine  string // hashed
 	ordinal  uint64 // among the sessions of this start of the agent
+	boot     string
+	host     string
 	since    time.Time
 	log      *slog.Logger
 
@@ -35,6 +38,8 @@ type session struct {
 	out      chan *wire.Frame
 	statuses chan *wire.TaskStatus
 	facts    chan *wire.Facts
+	holdings chan []*wire.Holding
+	pong     chan struct{} // cap 1: the device answered a probe
 	changed  chan struct{} // cap 1: look at the domain again
 	requests chan struct{} // one element for each open request
 	before   *session      // that this one replaced, until the domain goroutine has waited for it
@@ -66,10 +71,13 @@ func (h *Hub) tunnel(ctx context.Context, ws wire.Session, log *slog.Logger, reg
 	s := &session{
 		hub: h, wire: ws, control: stream, instance: hello.InstanceId,
 		key: wire.Fingerprint(ws.PeerCertificate()), nonce: hello.AgentNonce, machine: hello.HashedMachineId, ordinal: hello.Ordinal, told: hello.Facts,
+		boot: hello.BootId, host: hello.GetFacts().GetAttributes()["belay.hostname"],
 		since: h.cfg.Now(), log: log,
 		out:      make(chan *wire.Frame, outFrames),
 		statuses: make(chan *wire.TaskStatus, inStatuses),
 		facts:    make(chan *wire.Facts, 1),
+		holdings: make(chan []*wire.Holding, 1),
+		pong:     make(chan struct{}, 1),
 		changed:  make(chan struct{}, 1),
 		requests: make(chan struct{}, maxRequests),
 		silent:   make(chan struct{}),
@@ -129,13 +137,21 @@ func (s *session) register(hello *wire.Hello, watch func()) ([]*wire.Frame, *wir
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, callTimeout)
 	defer cancel()
-	if _, err := s.hub.devices.Authenticate(ctx, s.instance, s.key); err != nil {
+	known, err := s.hub.devices.Authenticate(ctx, s.instance, s.key)
+	if err != nil {
 		return nil, failureOf(err, s.log, "authenticate a device")
+	}
+	if failure := s.hub.admitMachine(ctx, s, known); failure != nil {
+		return nil, failure
+	}
+	met, err := s.hub.devices.Meet(ctx, s.instance, positionOf(hello), slices.Contains(hello.Capabilities, wire.CapabilityReconcile))
+	if err != nil {
+		return nil, failureOf(err, s.log, "compare a device with the store")
 	}
 	watch()
 	s.hello = controlplane.Hello{
 		AgentVersion:    hello.AgentVersion,
-		Hostname:        hello.GetFacts().GetAttributes()["belay.hostname"],
+		Hostname:        s.host,
 		HashedMachineID: hello.HashedMachineId,
 		Capabilities:    hello.Capabilities,
 		Facts:           factsOf(hello.Facts),
@@ -143,7 +159,7 @@ func (s *session) register(hello *wire.Hello, watch func()) ([]*wire.Frame, *wir
 	if err := s.hub.devices.ReportFacts(ctx, s.instance, s.hello); err != nil {
 		return nil, failureOf(err, s.log, "store a device's facts")
 	}
-	set, err := s.hub.devices.Assignments(ctx, s.instance, hello.Incarnation, hello.Sequence)
+	set, err := s.hub.devices.Assignments(ctx, s.instance, hello.Incarnation, met.Sequence)
 	if err != nil {
 		return nil, failureOf(err, s.log, "read a device's assignments")
 	}
@@ -155,9 +171,11 @@ func (s *session) register(hello *wire.Hello, watch func()) ([]*wire.Frame, *wir
 		Addresses:      s.hub.cfg.Advertise,
 		Full:           set.Full,
 		Now:            &wire.When{WallUnixNs: now.UnixNano(), Synchronized: true},
+		Mark:           s.mark(),
+		Reconcile:      met.Reconcile,
 	}}}}
 	s.sent = set.Sequence
-	return append(frames, framesOf(set)...), nil
+	return append(frames, s.framesOf(set)...), nil
 }
 
 // serve runs the session until its context ends.
@@ -269,6 +287,7 @@ func (s *session) say(f *wire.Frame) bool {
 }
 
 func (s *session) read() error {
+	var holdings holdings
 	for {
 		f, err := wire.ReadFrame(s.control)
 		if err != nil {
@@ -295,6 +314,22 @@ func (s *session) read() error {
 			if !s.say(&wire.Frame{Body: &wire.Frame_Pong{Pong: &wire.Pong{Id: b.Ping.GetId()}}}) {
 				return nil
 			}
+		case *wire.Frame_Pong:
+			select {
+			case s.pong <- struct{}{}:
+			default:
+			}
+		case *wire.Frame_Holding:
+			if err := holdings.add(b.Holding); err != nil {
+				return err
+			}
+		case *wire.Frame_EndOfHoldings:
+			// The latest are what counts, as with facts.
+			select {
+			case <-s.holdings:
+			default:
+			}
+			s.holdings <- holdings.take()
 		case *wire.Frame_AssignmentAck:
 			s.log.Debug("assignments persisted", "sequence", b.AssignmentAck.GetSequence())
 		}

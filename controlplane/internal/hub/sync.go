@@ -15,6 +15,7 @@ import (
 func (s *session) converse() {
 	const slowest = 5 * time.Second
 	var facts *wire.Facts
+	var held *[]*wire.Holding
 	stale := false // assignments have to be looked at
 	wait := time.Duration(0)
 	if s.succeed() {
@@ -37,6 +38,8 @@ func (s *session) converse() {
 		case <-s.changed:
 			stale = true
 		case facts = <-s.facts:
+		case hs := <-s.holdings:
+			held = &hs
 		case st := <-statuses:
 			s.late[st.GetTaskId()] = st
 		case <-retry:
@@ -56,7 +59,11 @@ func (s *session) converse() {
 		if facts != nil && s.takeFacts(facts) {
 			facts = nil
 		}
-		ok = s.takeStatuses() && facts == nil && ok
+		// Before the statuses: those of tasks nobody knows wait for it.
+		if held != nil && s.takeHoldings(*held) {
+			held = nil
+		}
+		ok = s.takeStatuses() && facts == nil && held == nil && ok
 		switch {
 		case ok:
 			wait = 0
@@ -136,7 +143,7 @@ func (s *session) sendChanges() bool {
 	if set.Sequence == s.sent && len(set.Set) == 0 {
 		return true
 	}
-	for _, f := range framesOf(set) {
+	for _, f := range s.framesOf(set) {
 		if !s.say(f) {
 			return true
 		}
@@ -181,7 +188,7 @@ func (s *session) takeStatuses() bool {
 			// The device has something the control plane does not know.
 			removed := &wire.Assignment{TaskId: task, Removed: true, Desired: controlplane.StatusStopped, Sequence: s.sent}
 			if !s.say(&wire.Frame{Body: &wire.Frame_Assignment{Assignment: removed}}) ||
-				!s.say(&wire.Frame{Body: &wire.Frame_EndOfSet{EndOfSet: &wire.EndOfSet{Sequence: s.sent}}}) {
+				!s.say(&wire.Frame{Body: &wire.Frame_EndOfSet{EndOfSet: &wire.EndOfSet{Sequence: s.sent, Mark: s.mark()}}}) {
 				return true
 			}
 		case passing(err):
@@ -193,7 +200,7 @@ func (s *session) takeStatuses() bool {
 			s.log.Warn("a task's status was refused", "task", task, "err", err)
 		}
 		delete(s.late, task)
-		if !s.say(&wire.Frame{Body: &wire.Frame_StatusAck{StatusAck: &wire.StatusAck{Sequence: st.GetSequence()}}}) {
+		if !s.say(&wire.Frame{Body: &wire.Frame_StatusAck{StatusAck: &wire.StatusAck{Sequence: st.GetSequence(), Mark: s.mark()}}}) {
 			return true
 		}
 	}
@@ -216,10 +223,12 @@ func passing(err error) bool {
 	return true
 }
 
-func framesOf(set controlplane.AssignmentSet) []*wire.Frame {
+func (s *session) framesOf(set controlplane.AssignmentSet) []*wire.Frame {
 	frames := make([]*wire.Frame, 0, len(set.Set)+1)
 	for _, a := range set.Set {
 		frames = append(frames, &wire.Frame{Body: &wire.Frame_Assignment{Assignment: a}})
 	}
-	return append(frames, &wire.Frame{Body: &wire.Frame_EndOfSet{EndOfSet: &wire.EndOfSet{Sequence: set.Sequence, Full: set.Full}}})
+	return append(frames, &wire.Frame{Body: &wire.Frame_EndOfSet{EndOfSet: &wire.EndOfSet{
+		Sequence: set.Sequence, Full: set.Full, Settled: set.Settled, Mark: s.mark(),
+	}}})
 }

@@ -4,6 +4,7 @@ package storetest
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -42,6 +43,16 @@ func (m *Memory) Compact() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.compacted, m.history = m.revision, nil
+}
+
+// Copy is a backup: another store with the same content and history.
+func (m *Memory) Copy() *Memory {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return &Memory{
+		revision: m.revision, compacted: m.compacted, kvs: maps.Clone(m.kvs),
+		history: slices.Clone(m.history), changed: make(chan struct{}),
+	}
 }
 
 func (m *Memory) failure(op string) error {

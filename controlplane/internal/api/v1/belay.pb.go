@@ -1419,6 +1419,8 @@ type Instance struct {
 	PendingTasks  uint32                 `protobuf:"varint,15,opt,name=pending_tasks,json=pendingTasks,proto3" json:"pending_tasks,omitempty"`
 	ActivationId  string                 `protobuf:"bytes,16,opt,name=activation_id,json=activationId,proto3" json:"activation_id,omitempty"`
 	Devices       []*Device              `protobuf:"bytes,17,rep,name=devices,proto3" json:"devices,omitempty"`
+	Conflict      *Conflict              `protobuf:"bytes,18,opt,name=conflict,proto3" json:"conflict,omitempty"`   // absent: none
+	Duplicate     *Duplicate             `protobuf:"bytes,19,opt,name=duplicate,proto3" json:"duplicate,omitempty"` // absent: none was noticed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1572,6 +1574,229 @@ func (x *Instance) GetDevices() []*Device {
 	return nil
 }
 
+func (x *Instance) GetConflict() *Conflict {
+	if x != nil {
+		return x.Conflict
+	}
+	return nil
+}
+
+func (x *Instance) GetDuplicate() *Duplicate {
+	if x != nil {
+		return x.Duplicate
+	}
+	return nil
+}
+
+// Conflict is what a restore of the control plane from a backup left open: the
+// device knows of things that the store has lost. Until it is settled, nothing
+// is stopped or started because of the difference.
+type Conflict struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Since string                 `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	// The device has told what it holds; until then the tasks below are missing.
+	Reported      bool            `protobuf:"varint,2,opt,name=reported,proto3" json:"reported,omitempty"`
+	OnlyOnDevice  []*ConflictTask `protobuf:"bytes,3,rep,name=only_on_device,json=onlyOnDevice,proto3" json:"only_on_device,omitempty"`
+	OnlyInStore   []*ConflictTask `protobuf:"bytes,4,rep,name=only_in_store,json=onlyInStore,proto3" json:"only_in_store,omitempty"` // the device has ended or never had them
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Conflict) Reset() {
+	*x = Conflict{}
+	mi := &file_belay_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Conflict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Conflict) ProtoMessage() {}
+
+func (x *Conflict) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Conflict.ProtoReflect.Descriptor instead.
+func (*Conflict) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Conflict) GetSince() string {
+	if x != nil {
+		return x.Since
+	}
+	return ""
+}
+
+func (x *Conflict) GetReported() bool {
+	if x != nil {
+		return x.Reported
+	}
+	return false
+}
+
+func (x *Conflict) GetOnlyOnDevice() []*ConflictTask {
+	if x != nil {
+		return x.OnlyOnDevice
+	}
+	return nil
+}
+
+func (x *Conflict) GetOnlyInStore() []*ConflictTask {
+	if x != nil {
+		return x.OnlyInStore
+	}
+	return nil
+}
+
+type ConflictTask struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	TaskDefinition string                 `protobuf:"bytes,2,opt,name=task_definition,json=taskDefinition,proto3" json:"task_definition,omitempty"` // "family:revision"
+	LastStatus     string                 `protobuf:"bytes,3,opt,name=last_status,json=lastStatus,proto3" json:"last_status,omitempty"`
+	DesiredStatus  string                 `protobuf:"bytes,4,opt,name=desired_status,json=desiredStatus,proto3" json:"desired_status,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ConflictTask) Reset() {
+	*x = ConflictTask{}
+	mi := &file_belay_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConflictTask) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConflictTask) ProtoMessage() {}
+
+func (x *ConflictTask) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConflictTask.ProtoReflect.Descriptor instead.
+func (*ConflictTask) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ConflictTask) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ConflictTask) GetTaskDefinition() string {
+	if x != nil {
+		return x.TaskDefinition
+	}
+	return ""
+}
+
+func (x *ConflictTask) GetLastStatus() string {
+	if x != nil {
+		return x.LastStatus
+	}
+	return ""
+}
+
+func (x *ConflictTask) GetDesiredStatus() string {
+	if x != nil {
+		return x.DesiredStatus
+	}
+	return ""
+}
+
+// Duplicate is another machine that used the instance's key and was refused.
+type Duplicate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hostname      string                 `protobuf:"bytes,1,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // it came from
+	FirstSeenAt   string                 `protobuf:"bytes,3,opt,name=first_seen_at,json=firstSeenAt,proto3" json:"first_seen_at,omitempty"`
+	LastSeenAt    string                 `protobuf:"bytes,4,opt,name=last_seen_at,json=lastSeenAt,proto3" json:"last_seen_at,omitempty"` // to the hour
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Duplicate) Reset() {
+	*x = Duplicate{}
+	mi := &file_belay_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Duplicate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Duplicate) ProtoMessage() {}
+
+func (x *Duplicate) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Duplicate.ProtoReflect.Descriptor instead.
+func (*Duplicate) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Duplicate) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *Duplicate) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Duplicate) GetFirstSeenAt() string {
+	if x != nil {
+		return x.FirstSeenAt
+	}
+	return ""
+}
+
+func (x *Duplicate) GetLastSeenAt() string {
+	if x != nil {
+		return x.LastSeenAt
+	}
+	return ""
+}
+
 // Device is an accelerator, camera, serial port or the like of an instance.
 type Device struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1590,7 +1815,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_belay_proto_msgTypes[23]
+	mi := &file_belay_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +1827,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[23]
+	mi := &file_belay_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +1840,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{23}
+	return file_belay_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Device) GetPlugin() string {
@@ -1692,7 +1917,7 @@ type DeviceUse struct {
 
 func (x *DeviceUse) Reset() {
 	*x = DeviceUse{}
-	mi := &file_belay_proto_msgTypes[24]
+	mi := &file_belay_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +1929,7 @@ func (x *DeviceUse) String() string {
 func (*DeviceUse) ProtoMessage() {}
 
 func (x *DeviceUse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[24]
+	mi := &file_belay_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +1942,7 @@ func (x *DeviceUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceUse.ProtoReflect.Descriptor instead.
 func (*DeviceUse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{24}
+	return file_belay_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DeviceUse) GetTask() string {
@@ -1745,7 +1970,7 @@ type ListInstancesRequest struct {
 
 func (x *ListInstancesRequest) Reset() {
 	*x = ListInstancesRequest{}
-	mi := &file_belay_proto_msgTypes[25]
+	mi := &file_belay_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1757,7 +1982,7 @@ func (x *ListInstancesRequest) String() string {
 func (*ListInstancesRequest) ProtoMessage() {}
 
 func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[25]
+	mi := &file_belay_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1770,7 +1995,7 @@ func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesRequest.ProtoReflect.Descriptor instead.
 func (*ListInstancesRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{25}
+	return file_belay_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListInstancesRequest) GetPage() *Page {
@@ -1805,7 +2030,7 @@ type ListInstancesResponse struct {
 
 func (x *ListInstancesResponse) Reset() {
 	*x = ListInstancesResponse{}
-	mi := &file_belay_proto_msgTypes[26]
+	mi := &file_belay_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1817,7 +2042,7 @@ func (x *ListInstancesResponse) String() string {
 func (*ListInstancesResponse) ProtoMessage() {}
 
 func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[26]
+	mi := &file_belay_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1830,7 +2055,7 @@ func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesResponse.ProtoReflect.Descriptor instead.
 func (*ListInstancesResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{26}
+	return file_belay_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListInstancesResponse) GetInstances() []*Instance {
@@ -1864,7 +2089,7 @@ type DescribeInstanceRequest struct {
 
 func (x *DescribeInstanceRequest) Reset() {
 	*x = DescribeInstanceRequest{}
-	mi := &file_belay_proto_msgTypes[27]
+	mi := &file_belay_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2101,7 @@ func (x *DescribeInstanceRequest) String() string {
 func (*DescribeInstanceRequest) ProtoMessage() {}
 
 func (x *DescribeInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[27]
+	mi := &file_belay_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2114,7 @@ func (x *DescribeInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeInstanceRequest.ProtoReflect.Descriptor instead.
 func (*DescribeInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{27}
+	return file_belay_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DescribeInstanceRequest) GetId() string {
@@ -1916,7 +2141,7 @@ type DescribeInstanceResponse struct {
 
 func (x *DescribeInstanceResponse) Reset() {
 	*x = DescribeInstanceResponse{}
-	mi := &file_belay_proto_msgTypes[28]
+	mi := &file_belay_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1928,7 +2153,7 @@ func (x *DescribeInstanceResponse) String() string {
 func (*DescribeInstanceResponse) ProtoMessage() {}
 
 func (x *DescribeInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[28]
+	mi := &file_belay_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1941,7 +2166,7 @@ func (x *DescribeInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeInstanceResponse.ProtoReflect.Descriptor instead.
 func (*DescribeInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{28}
+	return file_belay_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DescribeInstanceResponse) GetInstance() *Instance {
@@ -1969,7 +2194,7 @@ type DeregisterInstanceRequest struct {
 
 func (x *DeregisterInstanceRequest) Reset() {
 	*x = DeregisterInstanceRequest{}
-	mi := &file_belay_proto_msgTypes[29]
+	mi := &file_belay_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1981,7 +2206,7 @@ func (x *DeregisterInstanceRequest) String() string {
 func (*DeregisterInstanceRequest) ProtoMessage() {}
 
 func (x *DeregisterInstanceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[29]
+	mi := &file_belay_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1994,7 +2219,7 @@ func (x *DeregisterInstanceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterInstanceRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterInstanceRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{29}
+	return file_belay_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DeregisterInstanceRequest) GetClientToken() string {
@@ -2028,7 +2253,7 @@ type DeregisterInstanceResponse struct {
 
 func (x *DeregisterInstanceResponse) Reset() {
 	*x = DeregisterInstanceResponse{}
-	mi := &file_belay_proto_msgTypes[30]
+	mi := &file_belay_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2040,7 +2265,7 @@ func (x *DeregisterInstanceResponse) String() string {
 func (*DeregisterInstanceResponse) ProtoMessage() {}
 
 func (x *DeregisterInstanceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[30]
+	mi := &file_belay_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2053,7 +2278,7 @@ func (x *DeregisterInstanceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterInstanceResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterInstanceResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{30}
+	return file_belay_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DeregisterInstanceResponse) GetInstance() *Instance {
@@ -2064,6 +2289,318 @@ func (x *DeregisterInstanceResponse) GetInstance() *Instance {
 }
 
 func (x *DeregisterInstanceResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type AdoptInstanceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClientToken   string                 `protobuf:"bytes,1,opt,name=client_token,json=clientToken,proto3" json:"client_token,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdoptInstanceRequest) Reset() {
+	*x = AdoptInstanceRequest{}
+	mi := &file_belay_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdoptInstanceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdoptInstanceRequest) ProtoMessage() {}
+
+func (x *AdoptInstanceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdoptInstanceRequest.ProtoReflect.Descriptor instead.
+func (*AdoptInstanceRequest) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *AdoptInstanceRequest) GetClientToken() string {
+	if x != nil {
+		return x.ClientToken
+	}
+	return ""
+}
+
+func (x *AdoptInstanceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type AdoptInstanceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      *Instance              `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdoptInstanceResponse) Reset() {
+	*x = AdoptInstanceResponse{}
+	mi := &file_belay_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdoptInstanceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdoptInstanceResponse) ProtoMessage() {}
+
+func (x *AdoptInstanceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdoptInstanceResponse.ProtoReflect.Descriptor instead.
+func (*AdoptInstanceResponse) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *AdoptInstanceResponse) GetInstance() *Instance {
+	if x != nil {
+		return x.Instance
+	}
+	return nil
+}
+
+func (x *AdoptInstanceResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type DropInstanceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClientToken   string                 `protobuf:"bytes,1,opt,name=client_token,json=clientToken,proto3" json:"client_token,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DropInstanceRequest) Reset() {
+	*x = DropInstanceRequest{}
+	mi := &file_belay_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DropInstanceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DropInstanceRequest) ProtoMessage() {}
+
+func (x *DropInstanceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DropInstanceRequest.ProtoReflect.Descriptor instead.
+func (*DropInstanceRequest) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *DropInstanceRequest) GetClientToken() string {
+	if x != nil {
+		return x.ClientToken
+	}
+	return ""
+}
+
+func (x *DropInstanceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type DropInstanceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      *Instance              `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DropInstanceResponse) Reset() {
+	*x = DropInstanceResponse{}
+	mi := &file_belay_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DropInstanceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DropInstanceResponse) ProtoMessage() {}
+
+func (x *DropInstanceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DropInstanceResponse.ProtoReflect.Descriptor instead.
+func (*DropInstanceResponse) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *DropInstanceResponse) GetInstance() *Instance {
+	if x != nil {
+		return x.Instance
+	}
+	return nil
+}
+
+func (x *DropInstanceResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type RebindInstanceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClientToken   string                 `protobuf:"bytes,1,opt,name=client_token,json=clientToken,proto3" json:"client_token,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebindInstanceRequest) Reset() {
+	*x = RebindInstanceRequest{}
+	mi := &file_belay_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebindInstanceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebindInstanceRequest) ProtoMessage() {}
+
+func (x *RebindInstanceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebindInstanceRequest.ProtoReflect.Descriptor instead.
+func (*RebindInstanceRequest) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *RebindInstanceRequest) GetClientToken() string {
+	if x != nil {
+		return x.ClientToken
+	}
+	return ""
+}
+
+func (x *RebindInstanceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RebindInstanceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      *Instance              `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebindInstanceResponse) Reset() {
+	*x = RebindInstanceResponse{}
+	mi := &file_belay_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebindInstanceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebindInstanceResponse) ProtoMessage() {}
+
+func (x *RebindInstanceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_belay_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebindInstanceResponse.ProtoReflect.Descriptor instead.
+func (*RebindInstanceResponse) Descriptor() ([]byte, []int) {
+	return file_belay_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *RebindInstanceResponse) GetInstance() *Instance {
+	if x != nil {
+		return x.Instance
+	}
+	return nil
+}
+
+func (x *RebindInstanceResponse) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
 	}
@@ -2084,7 +2621,7 @@ type TaskDefinition struct {
 
 func (x *TaskDefinition) Reset() {
 	*x = TaskDefinition{}
-	mi := &file_belay_proto_msgTypes[31]
+	mi := &file_belay_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2096,7 +2633,7 @@ func (x *TaskDefinition) String() string {
 func (*TaskDefinition) ProtoMessage() {}
 
 func (x *TaskDefinition) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[31]
+	mi := &file_belay_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2109,7 +2646,7 @@ func (x *TaskDefinition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskDefinition.ProtoReflect.Descriptor instead.
 func (*TaskDefinition) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{31}
+	return file_belay_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *TaskDefinition) GetFamily() string {
@@ -2164,7 +2701,7 @@ type RegisterTaskDefinitionRequest struct {
 
 func (x *RegisterTaskDefinitionRequest) Reset() {
 	*x = RegisterTaskDefinitionRequest{}
-	mi := &file_belay_proto_msgTypes[32]
+	mi := &file_belay_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2713,7 @@ func (x *RegisterTaskDefinitionRequest) String() string {
 func (*RegisterTaskDefinitionRequest) ProtoMessage() {}
 
 func (x *RegisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[32]
+	mi := &file_belay_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2726,7 @@ func (x *RegisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterTaskDefinitionRequest.ProtoReflect.Descriptor instead.
 func (*RegisterTaskDefinitionRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{32}
+	return file_belay_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RegisterTaskDefinitionRequest) GetClientToken() string {
@@ -2216,7 +2753,7 @@ type RegisterTaskDefinitionResponse struct {
 
 func (x *RegisterTaskDefinitionResponse) Reset() {
 	*x = RegisterTaskDefinitionResponse{}
-	mi := &file_belay_proto_msgTypes[33]
+	mi := &file_belay_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2228,7 +2765,7 @@ func (x *RegisterTaskDefinitionResponse) String() string {
 func (*RegisterTaskDefinitionResponse) ProtoMessage() {}
 
 func (x *RegisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[33]
+	mi := &file_belay_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2241,7 +2778,7 @@ func (x *RegisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterTaskDefinitionResponse.ProtoReflect.Descriptor instead.
 func (*RegisterTaskDefinitionResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{33}
+	return file_belay_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RegisterTaskDefinitionResponse) GetTaskDefinition() *TaskDefinition {
@@ -2270,7 +2807,7 @@ type ListTaskDefinitionsRequest struct {
 
 func (x *ListTaskDefinitionsRequest) Reset() {
 	*x = ListTaskDefinitionsRequest{}
-	mi := &file_belay_proto_msgTypes[34]
+	mi := &file_belay_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2819,7 @@ func (x *ListTaskDefinitionsRequest) String() string {
 func (*ListTaskDefinitionsRequest) ProtoMessage() {}
 
 func (x *ListTaskDefinitionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[34]
+	mi := &file_belay_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2832,7 @@ func (x *ListTaskDefinitionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTaskDefinitionsRequest.ProtoReflect.Descriptor instead.
 func (*ListTaskDefinitionsRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{34}
+	return file_belay_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListTaskDefinitionsRequest) GetPage() *Page {
@@ -2337,7 +2874,7 @@ type ListTaskDefinitionsResponse struct {
 
 func (x *ListTaskDefinitionsResponse) Reset() {
 	*x = ListTaskDefinitionsResponse{}
-	mi := &file_belay_proto_msgTypes[35]
+	mi := &file_belay_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2349,7 +2886,7 @@ func (x *ListTaskDefinitionsResponse) String() string {
 func (*ListTaskDefinitionsResponse) ProtoMessage() {}
 
 func (x *ListTaskDefinitionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[35]
+	mi := &file_belay_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2362,7 +2899,7 @@ func (x *ListTaskDefinitionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTaskDefinitionsResponse.ProtoReflect.Descriptor instead.
 func (*ListTaskDefinitionsResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{35}
+	return file_belay_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListTaskDefinitionsResponse) GetTaskDefinitions() []*TaskDefinition {
@@ -2396,7 +2933,7 @@ type DescribeTaskDefinitionRequest struct {
 
 func (x *DescribeTaskDefinitionRequest) Reset() {
 	*x = DescribeTaskDefinitionRequest{}
-	mi := &file_belay_proto_msgTypes[36]
+	mi := &file_belay_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2945,7 @@ func (x *DescribeTaskDefinitionRequest) String() string {
 func (*DescribeTaskDefinitionRequest) ProtoMessage() {}
 
 func (x *DescribeTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[36]
+	mi := &file_belay_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2958,7 @@ func (x *DescribeTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskDefinitionRequest.ProtoReflect.Descriptor instead.
 func (*DescribeTaskDefinitionRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{36}
+	return file_belay_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *DescribeTaskDefinitionRequest) GetTaskDefinition() string {
@@ -2448,7 +2985,7 @@ type DescribeTaskDefinitionResponse struct {
 
 func (x *DescribeTaskDefinitionResponse) Reset() {
 	*x = DescribeTaskDefinitionResponse{}
-	mi := &file_belay_proto_msgTypes[37]
+	mi := &file_belay_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2460,7 +2997,7 @@ func (x *DescribeTaskDefinitionResponse) String() string {
 func (*DescribeTaskDefinitionResponse) ProtoMessage() {}
 
 func (x *DescribeTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[37]
+	mi := &file_belay_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2473,7 +3010,7 @@ func (x *DescribeTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskDefinitionResponse.ProtoReflect.Descriptor instead.
 func (*DescribeTaskDefinitionResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{37}
+	return file_belay_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DescribeTaskDefinitionResponse) GetTaskDefinition() *TaskDefinition {
@@ -2500,7 +3037,7 @@ type DeregisterTaskDefinitionRequest struct {
 
 func (x *DeregisterTaskDefinitionRequest) Reset() {
 	*x = DeregisterTaskDefinitionRequest{}
-	mi := &file_belay_proto_msgTypes[38]
+	mi := &file_belay_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2512,7 +3049,7 @@ func (x *DeregisterTaskDefinitionRequest) String() string {
 func (*DeregisterTaskDefinitionRequest) ProtoMessage() {}
 
 func (x *DeregisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[38]
+	mi := &file_belay_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2525,7 +3062,7 @@ func (x *DeregisterTaskDefinitionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterTaskDefinitionRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterTaskDefinitionRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{38}
+	return file_belay_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DeregisterTaskDefinitionRequest) GetClientToken() string {
@@ -2552,7 +3089,7 @@ type DeregisterTaskDefinitionResponse struct {
 
 func (x *DeregisterTaskDefinitionResponse) Reset() {
 	*x = DeregisterTaskDefinitionResponse{}
-	mi := &file_belay_proto_msgTypes[39]
+	mi := &file_belay_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +3101,7 @@ func (x *DeregisterTaskDefinitionResponse) String() string {
 func (*DeregisterTaskDefinitionResponse) ProtoMessage() {}
 
 func (x *DeregisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[39]
+	mi := &file_belay_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +3114,7 @@ func (x *DeregisterTaskDefinitionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterTaskDefinitionResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterTaskDefinitionResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{39}
+	return file_belay_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *DeregisterTaskDefinitionResponse) GetTaskDefinition() *TaskDefinition {
@@ -2606,7 +3143,7 @@ type PortMapping struct {
 
 func (x *PortMapping) Reset() {
 	*x = PortMapping{}
-	mi := &file_belay_proto_msgTypes[40]
+	mi := &file_belay_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2618,7 +3155,7 @@ func (x *PortMapping) String() string {
 func (*PortMapping) ProtoMessage() {}
 
 func (x *PortMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[40]
+	mi := &file_belay_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2631,7 +3168,7 @@ func (x *PortMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PortMapping.ProtoReflect.Descriptor instead.
 func (*PortMapping) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{40}
+	return file_belay_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PortMapping) GetName() string {
@@ -2674,7 +3211,7 @@ type PullProgress struct {
 
 func (x *PullProgress) Reset() {
 	*x = PullProgress{}
-	mi := &file_belay_proto_msgTypes[41]
+	mi := &file_belay_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2686,7 +3223,7 @@ func (x *PullProgress) String() string {
 func (*PullProgress) ProtoMessage() {}
 
 func (x *PullProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[41]
+	mi := &file_belay_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2699,7 +3236,7 @@ func (x *PullProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullProgress.ProtoReflect.Descriptor instead.
 func (*PullProgress) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{41}
+	return file_belay_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PullProgress) GetLayers() uint32 {
@@ -2754,7 +3291,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_belay_proto_msgTypes[42]
+	mi := &file_belay_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2766,7 +3303,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[42]
+	mi := &file_belay_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2779,7 +3316,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{42}
+	return file_belay_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Container) GetName() string {
@@ -2904,7 +3441,7 @@ type DeviceRef struct {
 
 func (x *DeviceRef) Reset() {
 	*x = DeviceRef{}
-	mi := &file_belay_proto_msgTypes[43]
+	mi := &file_belay_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2916,7 +3453,7 @@ func (x *DeviceRef) String() string {
 func (*DeviceRef) ProtoMessage() {}
 
 func (x *DeviceRef) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[43]
+	mi := &file_belay_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2929,7 +3466,7 @@ func (x *DeviceRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceRef.ProtoReflect.Descriptor instead.
 func (*DeviceRef) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{43}
+	return file_belay_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *DeviceRef) GetPlugin() string {
@@ -2974,7 +3511,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_belay_proto_msgTypes[44]
+	mi := &file_belay_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2986,7 +3523,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[44]
+	mi := &file_belay_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2999,7 +3536,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{44}
+	return file_belay_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Task) GetId() string {
@@ -3153,7 +3690,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_belay_proto_msgTypes[45]
+	mi := &file_belay_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3165,7 +3702,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[45]
+	mi := &file_belay_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3178,7 +3715,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{45}
+	return file_belay_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Placement) GetReason() string {
@@ -3217,7 +3754,7 @@ type RunTaskRequest struct {
 
 func (x *RunTaskRequest) Reset() {
 	*x = RunTaskRequest{}
-	mi := &file_belay_proto_msgTypes[46]
+	mi := &file_belay_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3229,7 +3766,7 @@ func (x *RunTaskRequest) String() string {
 func (*RunTaskRequest) ProtoMessage() {}
 
 func (x *RunTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[46]
+	mi := &file_belay_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3242,7 +3779,7 @@ func (x *RunTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunTaskRequest.ProtoReflect.Descriptor instead.
 func (*RunTaskRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{46}
+	return file_belay_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RunTaskRequest) GetClientToken() string {
@@ -3305,7 +3842,7 @@ type RunTaskResponse struct {
 
 func (x *RunTaskResponse) Reset() {
 	*x = RunTaskResponse{}
-	mi := &file_belay_proto_msgTypes[47]
+	mi := &file_belay_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3317,7 +3854,7 @@ func (x *RunTaskResponse) String() string {
 func (*RunTaskResponse) ProtoMessage() {}
 
 func (x *RunTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[47]
+	mi := &file_belay_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3330,7 +3867,7 @@ func (x *RunTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunTaskResponse.ProtoReflect.Descriptor instead.
 func (*RunTaskResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{47}
+	return file_belay_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RunTaskResponse) GetTasks() []*Task {
@@ -3370,7 +3907,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_belay_proto_msgTypes[48]
+	mi := &file_belay_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3382,7 +3919,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[48]
+	mi := &file_belay_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3395,7 +3932,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{48}
+	return file_belay_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ListTasksRequest) GetPage() *Page {
@@ -3465,7 +4002,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_belay_proto_msgTypes[49]
+	mi := &file_belay_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3477,7 +4014,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[49]
+	mi := &file_belay_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3490,7 +4027,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{49}
+	return file_belay_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -3524,7 +4061,7 @@ type DescribeTaskRequest struct {
 
 func (x *DescribeTaskRequest) Reset() {
 	*x = DescribeTaskRequest{}
-	mi := &file_belay_proto_msgTypes[50]
+	mi := &file_belay_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3536,7 +4073,7 @@ func (x *DescribeTaskRequest) String() string {
 func (*DescribeTaskRequest) ProtoMessage() {}
 
 func (x *DescribeTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[50]
+	mi := &file_belay_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3549,7 +4086,7 @@ func (x *DescribeTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskRequest.ProtoReflect.Descriptor instead.
 func (*DescribeTaskRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{50}
+	return file_belay_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *DescribeTaskRequest) GetId() string {
@@ -3576,7 +4113,7 @@ type DescribeTaskResponse struct {
 
 func (x *DescribeTaskResponse) Reset() {
 	*x = DescribeTaskResponse{}
-	mi := &file_belay_proto_msgTypes[51]
+	mi := &file_belay_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3588,7 +4125,7 @@ func (x *DescribeTaskResponse) String() string {
 func (*DescribeTaskResponse) ProtoMessage() {}
 
 func (x *DescribeTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[51]
+	mi := &file_belay_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3601,7 +4138,7 @@ func (x *DescribeTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeTaskResponse.ProtoReflect.Descriptor instead.
 func (*DescribeTaskResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{51}
+	return file_belay_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *DescribeTaskResponse) GetTask() *Task {
@@ -3629,7 +4166,7 @@ type StopTaskRequest struct {
 
 func (x *StopTaskRequest) Reset() {
 	*x = StopTaskRequest{}
-	mi := &file_belay_proto_msgTypes[52]
+	mi := &file_belay_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3641,7 +4178,7 @@ func (x *StopTaskRequest) String() string {
 func (*StopTaskRequest) ProtoMessage() {}
 
 func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[52]
+	mi := &file_belay_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3654,7 +4191,7 @@ func (x *StopTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskRequest.ProtoReflect.Descriptor instead.
 func (*StopTaskRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{52}
+	return file_belay_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *StopTaskRequest) GetClientToken() string {
@@ -3688,7 +4225,7 @@ type StopTaskResponse struct {
 
 func (x *StopTaskResponse) Reset() {
 	*x = StopTaskResponse{}
-	mi := &file_belay_proto_msgTypes[53]
+	mi := &file_belay_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3700,7 +4237,7 @@ func (x *StopTaskResponse) String() string {
 func (*StopTaskResponse) ProtoMessage() {}
 
 func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[53]
+	mi := &file_belay_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3713,7 +4250,7 @@ func (x *StopTaskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopTaskResponse.ProtoReflect.Descriptor instead.
 func (*StopTaskResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{53}
+	return file_belay_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *StopTaskResponse) GetTask() *Task {
@@ -3740,7 +4277,7 @@ type WatchTasksRequest struct {
 
 func (x *WatchTasksRequest) Reset() {
 	*x = WatchTasksRequest{}
-	mi := &file_belay_proto_msgTypes[54]
+	mi := &file_belay_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3752,7 +4289,7 @@ func (x *WatchTasksRequest) String() string {
 func (*WatchTasksRequest) ProtoMessage() {}
 
 func (x *WatchTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[54]
+	mi := &file_belay_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3765,7 +4302,7 @@ func (x *WatchTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTasksRequest.ProtoReflect.Descriptor instead.
 func (*WatchTasksRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{54}
+	return file_belay_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WatchTasksRequest) GetIds() []string {
@@ -3792,7 +4329,7 @@ type WatchTasksResponse struct {
 
 func (x *WatchTasksResponse) Reset() {
 	*x = WatchTasksResponse{}
-	mi := &file_belay_proto_msgTypes[55]
+	mi := &file_belay_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3804,7 +4341,7 @@ func (x *WatchTasksResponse) String() string {
 func (*WatchTasksResponse) ProtoMessage() {}
 
 func (x *WatchTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[55]
+	mi := &file_belay_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3817,7 +4354,7 @@ func (x *WatchTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTasksResponse.ProtoReflect.Descriptor instead.
 func (*WatchTasksResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{55}
+	return file_belay_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *WatchTasksResponse) GetTask() *Task {
@@ -3846,7 +4383,7 @@ type TaskLogsRequest struct {
 
 func (x *TaskLogsRequest) Reset() {
 	*x = TaskLogsRequest{}
-	mi := &file_belay_proto_msgTypes[56]
+	mi := &file_belay_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3858,7 +4395,7 @@ func (x *TaskLogsRequest) String() string {
 func (*TaskLogsRequest) ProtoMessage() {}
 
 func (x *TaskLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[56]
+	mi := &file_belay_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3871,7 +4408,7 @@ func (x *TaskLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskLogsRequest.ProtoReflect.Descriptor instead.
 func (*TaskLogsRequest) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{56}
+	return file_belay_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *TaskLogsRequest) GetId() string {
@@ -3912,7 +4449,7 @@ type TaskLogsResponse struct {
 
 func (x *TaskLogsResponse) Reset() {
 	*x = TaskLogsResponse{}
-	mi := &file_belay_proto_msgTypes[57]
+	mi := &file_belay_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3924,7 +4461,7 @@ func (x *TaskLogsResponse) String() string {
 func (*TaskLogsResponse) ProtoMessage() {}
 
 func (x *TaskLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_belay_proto_msgTypes[57]
+	mi := &file_belay_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3937,7 +4474,7 @@ func (x *TaskLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskLogsResponse.ProtoReflect.Descriptor instead.
 func (*TaskLogsResponse) Descriptor() ([]byte, []int) {
-	return file_belay_proto_rawDescGZIP(), []int{57}
+	return file_belay_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *TaskLogsResponse) GetStream() string {
@@ -4070,7 +4607,7 @@ const file_belay_proto_rawDesc = "" +
 	"\n" +
 	"registered\x18\x01 \x01(\v2\x13.belay.v1.ResourcesR\n" +
 	"registered\x121\n" +
-	"\tremaining\x18\x02 \x01(\v2\x13.belay.v1.ResourcesR\tremaining\"\xea\x04\n" +
+	"\tremaining\x18\x02 \x01(\v2\x13.belay.v1.ResourcesR\tremaining\"\xcd\x05\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x16\n" +
@@ -4092,7 +4629,26 @@ const file_belay_proto_rawDesc = "" +
 	"\rrunning_tasks\x18\x0e \x01(\rR\frunningTasks\x12#\n" +
 	"\rpending_tasks\x18\x0f \x01(\rR\fpendingTasks\x12#\n" +
 	"\ractivation_id\x18\x10 \x01(\tR\factivationId\x12*\n" +
-	"\adevices\x18\x11 \x03(\v2\x10.belay.v1.DeviceR\adevices\"\x85\x02\n" +
+	"\adevices\x18\x11 \x03(\v2\x10.belay.v1.DeviceR\adevices\x12.\n" +
+	"\bconflict\x18\x12 \x01(\v2\x12.belay.v1.ConflictR\bconflict\x121\n" +
+	"\tduplicate\x18\x13 \x01(\v2\x13.belay.v1.DuplicateR\tduplicate\"\xb6\x01\n" +
+	"\bConflict\x12\x14\n" +
+	"\x05since\x18\x01 \x01(\tR\x05since\x12\x1a\n" +
+	"\breported\x18\x02 \x01(\bR\breported\x12<\n" +
+	"\x0eonly_on_device\x18\x03 \x03(\v2\x16.belay.v1.ConflictTaskR\fonlyOnDevice\x12:\n" +
+	"\ronly_in_store\x18\x04 \x03(\v2\x16.belay.v1.ConflictTaskR\vonlyInStore\"\x8f\x01\n" +
+	"\fConflictTask\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12'\n" +
+	"\x0ftask_definition\x18\x02 \x01(\tR\x0etaskDefinition\x12\x1f\n" +
+	"\vlast_status\x18\x03 \x01(\tR\n" +
+	"lastStatus\x12%\n" +
+	"\x0edesired_status\x18\x04 \x01(\tR\rdesiredStatus\"\x87\x01\n" +
+	"\tDuplicate\x12\x1a\n" +
+	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\"\n" +
+	"\rfirst_seen_at\x18\x03 \x01(\tR\vfirstSeenAt\x12 \n" +
+	"\flast_seen_at\x18\x04 \x01(\tR\n" +
+	"lastSeenAt\"\x85\x02\n" +
 	"\x06Device\x12\x16\n" +
 	"\x06plugin\x18\x01 \x01(\tR\x06plugin\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
@@ -4128,6 +4684,24 @@ const file_belay_proto_rawDesc = "" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\"h\n" +
 	"\x1aDeregisterInstanceResponse\x12.\n" +
+	"\binstance\x18\x01 \x01(\v2\x12.belay.v1.InstanceR\binstance\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"I\n" +
+	"\x14AdoptInstanceRequest\x12!\n" +
+	"\fclient_token\x18\x01 \x01(\tR\vclientToken\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"c\n" +
+	"\x15AdoptInstanceResponse\x12.\n" +
+	"\binstance\x18\x01 \x01(\v2\x12.belay.v1.InstanceR\binstance\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"H\n" +
+	"\x13DropInstanceRequest\x12!\n" +
+	"\fclient_token\x18\x01 \x01(\tR\vclientToken\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"b\n" +
+	"\x14DropInstanceResponse\x12.\n" +
+	"\binstance\x18\x01 \x01(\v2\x12.belay.v1.InstanceR\binstance\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"J\n" +
+	"\x15RebindInstanceRequest\x12!\n" +
+	"\fclient_token\x18\x01 \x01(\tR\vclientToken\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"d\n" +
+	"\x16RebindInstanceResponse\x12.\n" +
 	"\binstance\x18\x01 \x01(\v2\x12.belay.v1.InstanceR\binstance\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\"\xb9\x01\n" +
 	"\x0eTaskDefinition\x12\x16\n" +
@@ -4289,7 +4863,7 @@ const file_belay_proto_rawDesc = "" +
 	"\aattempt\x18\x04 \x01(\rR\aattempt\">\n" +
 	"\x10TaskLogsResponse\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data2\xc7\r\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data2\xbd\x0f\n" +
 	"\x05Belay\x12Y\n" +
 	"\x10CreateActivation\x12!.belay.v1.CreateActivationRequest\x1a\".belay.v1.CreateActivationResponse\x12V\n" +
 	"\x0fListActivations\x12 .belay.v1.ListActivationsRequest\x1a!.belay.v1.ListActivationsResponse\x12Y\n" +
@@ -4300,7 +4874,10 @@ const file_belay_proto_rawDesc = "" +
 	"\rDeleteCluster\x12\x1e.belay.v1.DeleteClusterRequest\x1a\x1f.belay.v1.DeleteClusterResponse\x12P\n" +
 	"\rListInstances\x12\x1e.belay.v1.ListInstancesRequest\x1a\x1f.belay.v1.ListInstancesResponse\x12Y\n" +
 	"\x10DescribeInstance\x12!.belay.v1.DescribeInstanceRequest\x1a\".belay.v1.DescribeInstanceResponse\x12_\n" +
-	"\x12DeregisterInstance\x12#.belay.v1.DeregisterInstanceRequest\x1a$.belay.v1.DeregisterInstanceResponse\x12k\n" +
+	"\x12DeregisterInstance\x12#.belay.v1.DeregisterInstanceRequest\x1a$.belay.v1.DeregisterInstanceResponse\x12P\n" +
+	"\rAdoptInstance\x12\x1e.belay.v1.AdoptInstanceRequest\x1a\x1f.belay.v1.AdoptInstanceResponse\x12M\n" +
+	"\fDropInstance\x12\x1d.belay.v1.DropInstanceRequest\x1a\x1e.belay.v1.DropInstanceResponse\x12S\n" +
+	"\x0eRebindInstance\x12\x1f.belay.v1.RebindInstanceRequest\x1a .belay.v1.RebindInstanceResponse\x12k\n" +
 	"\x16RegisterTaskDefinition\x12'.belay.v1.RegisterTaskDefinitionRequest\x1a(.belay.v1.RegisterTaskDefinitionResponse\x12b\n" +
 	"\x13ListTaskDefinitions\x12$.belay.v1.ListTaskDefinitionsRequest\x1a%.belay.v1.ListTaskDefinitionsResponse\x12k\n" +
 	"\x16DescribeTaskDefinition\x12'.belay.v1.DescribeTaskDefinitionRequest\x1a(.belay.v1.DescribeTaskDefinitionResponse\x12q\n" +
@@ -4325,7 +4902,7 @@ func file_belay_proto_rawDescGZIP() []byte {
 	return file_belay_proto_rawDescData
 }
 
-var file_belay_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_belay_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
 var file_belay_proto_goTypes = []any{
 	(*Page)(nil),                             // 0: belay.v1.Page
 	(*Read)(nil),                             // 1: belay.v1.Read
@@ -4350,41 +4927,50 @@ var file_belay_proto_goTypes = []any{
 	(*Plugin)(nil),                           // 20: belay.v1.Plugin
 	(*InstanceResources)(nil),                // 21: belay.v1.InstanceResources
 	(*Instance)(nil),                         // 22: belay.v1.Instance
-	(*Device)(nil),                           // 23: belay.v1.Device
-	(*DeviceUse)(nil),                        // 24: belay.v1.DeviceUse
-	(*ListInstancesRequest)(nil),             // 25: belay.v1.ListInstancesRequest
-	(*ListInstancesResponse)(nil),            // 26: belay.v1.ListInstancesResponse
-	(*DescribeInstanceRequest)(nil),          // 27: belay.v1.DescribeInstanceRequest
-	(*DescribeInstanceResponse)(nil),         // 28: belay.v1.DescribeInstanceResponse
-	(*DeregisterInstanceRequest)(nil),        // 29: belay.v1.DeregisterInstanceRequest
-	(*DeregisterInstanceResponse)(nil),       // 30: belay.v1.DeregisterInstanceResponse
-	(*TaskDefinition)(nil),                   // 31: belay.v1.TaskDefinition
-	(*RegisterTaskDefinitionRequest)(nil),    // 32: belay.v1.RegisterTaskDefinitionRequest
-	(*RegisterTaskDefinitionResponse)(nil),   // 33: belay.v1.RegisterTaskDefinitionResponse
-	(*ListTaskDefinitionsRequest)(nil),       // 34: belay.v1.ListTaskDefinitionsRequest
-	(*ListTaskDefinitionsResponse)(nil),      // 35: belay.v1.ListTaskDefinitionsResponse
-	(*DescribeTaskDefinitionRequest)(nil),    // 36: belay.v1.DescribeTaskDefinitionRequest
-	(*DescribeTaskDefinitionResponse)(nil),   // 37: belay.v1.DescribeTaskDefinitionResponse
-	(*DeregisterTaskDefinitionRequest)(nil),  // 38: belay.v1.DeregisterTaskDefinitionRequest
-	(*DeregisterTaskDefinitionResponse)(nil), // 39: belay.v1.DeregisterTaskDefinitionResponse
-	(*PortMapping)(nil),                      // 40: belay.v1.PortMapping
-	(*PullProgress)(nil),                     // 41: belay.v1.PullProgress
-	(*Container)(nil),                        // 42: belay.v1.Container
-	(*DeviceRef)(nil),                        // 43: belay.v1.DeviceRef
-	(*Task)(nil),                             // 44: belay.v1.Task
-	(*Placement)(nil),                        // 45: belay.v1.Placement
-	(*RunTaskRequest)(nil),                   // 46: belay.v1.RunTaskRequest
-	(*RunTaskResponse)(nil),                  // 47: belay.v1.RunTaskResponse
-	(*ListTasksRequest)(nil),                 // 48: belay.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),                // 49: belay.v1.ListTasksResponse
-	(*DescribeTaskRequest)(nil),              // 50: belay.v1.DescribeTaskRequest
-	(*DescribeTaskResponse)(nil),             // 51: belay.v1.DescribeTaskResponse
-	(*StopTaskRequest)(nil),                  // 52: belay.v1.StopTaskRequest
-	(*StopTaskResponse)(nil),                 // 53: belay.v1.StopTaskResponse
-	(*WatchTasksRequest)(nil),                // 54: belay.v1.WatchTasksRequest
-	(*WatchTasksResponse)(nil),               // 55: belay.v1.WatchTasksResponse
-	(*TaskLogsRequest)(nil),                  // 56: belay.v1.TaskLogsRequest
-	(*TaskLogsResponse)(nil),                 // 57: belay.v1.TaskLogsResponse
+	(*Conflict)(nil),                         // 23: belay.v1.Conflict
+	(*ConflictTask)(nil),                     // 24: belay.v1.ConflictTask
+	(*Duplicate)(nil),                        // 25: belay.v1.Duplicate
+	(*Device)(nil),                           // 26: belay.v1.Device
+	(*DeviceUse)(nil),                        // 27: belay.v1.DeviceUse
+	(*ListInstancesRequest)(nil),             // 28: belay.v1.ListInstancesRequest
+	(*ListInstancesResponse)(nil),            // 29: belay.v1.ListInstancesResponse
+	(*DescribeInstanceRequest)(nil),          // 30: belay.v1.DescribeInstanceRequest
+	(*DescribeInstanceResponse)(nil),         // 31: belay.v1.DescribeInstanceResponse
+	(*DeregisterInstanceRequest)(nil),        // 32: belay.v1.DeregisterInstanceRequest
+	(*DeregisterInstanceResponse)(nil),       // 33: belay.v1.DeregisterInstanceResponse
+	(*AdoptInstanceRequest)(nil),             // 34: belay.v1.AdoptInstanceRequest
+	(*AdoptInstanceResponse)(nil),            // 35: belay.v1.AdoptInstanceResponse
+	(*DropInstanceRequest)(nil),              // 36: belay.v1.DropInstanceRequest
+	(*DropInstanceResponse)(nil),             // 37: belay.v1.DropInstanceResponse
+	(*RebindInstanceRequest)(nil),            // 38: belay.v1.RebindInstanceRequest
+	(*RebindInstanceResponse)(nil),           // 39: belay.v1.RebindInstanceResponse
+	(*TaskDefinition)(nil),                   // 40: belay.v1.TaskDefinition
+	(*RegisterTaskDefinitionRequest)(nil),    // 41: belay.v1.RegisterTaskDefinitionRequest
+	(*RegisterTaskDefinitionResponse)(nil),   // 42: belay.v1.RegisterTaskDefinitionResponse
+	(*ListTaskDefinitionsRequest)(nil),       // 43: belay.v1.ListTaskDefinitionsRequest
+	(*ListTaskDefinitionsResponse)(nil),      // 44: belay.v1.ListTaskDefinitionsResponse
+	(*DescribeTaskDefinitionRequest)(nil),    // 45: belay.v1.DescribeTaskDefinitionRequest
+	(*DescribeTaskDefinitionResponse)(nil),   // 46: belay.v1.DescribeTaskDefinitionResponse
+	(*DeregisterTaskDefinitionRequest)(nil),  // 47: belay.v1.DeregisterTaskDefinitionRequest
+	(*DeregisterTaskDefinitionResponse)(nil), // 48: belay.v1.DeregisterTaskDefinitionResponse
+	(*PortMapping)(nil),                      // 49: belay.v1.PortMapping
+	(*PullProgress)(nil),                     // 50: belay.v1.PullProgress
+	(*Container)(nil),                        // 51: belay.v1.Container
+	(*DeviceRef)(nil),                        // 52: belay.v1.DeviceRef
+	(*Task)(nil),                             // 53: belay.v1.Task
+	(*Placement)(nil),                        // 54: belay.v1.Placement
+	(*RunTaskRequest)(nil),                   // 55: belay.v1.RunTaskRequest
+	(*RunTaskResponse)(nil),                  // 56: belay.v1.RunTaskResponse
+	(*ListTasksRequest)(nil),                 // 57: belay.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),                // 58: belay.v1.ListTasksResponse
+	(*DescribeTaskRequest)(nil),              // 59: belay.v1.DescribeTaskRequest
+	(*DescribeTaskResponse)(nil),             // 60: belay.v1.DescribeTaskResponse
+	(*StopTaskRequest)(nil),                  // 61: belay.v1.StopTaskRequest
+	(*StopTaskResponse)(nil),                 // 62: belay.v1.StopTaskResponse
+	(*WatchTasksRequest)(nil),                // 63: belay.v1.WatchTasksRequest
+	(*WatchTasksResponse)(nil),               // 64: belay.v1.WatchTasksResponse
+	(*TaskLogsRequest)(nil),                  // 65: belay.v1.TaskLogsRequest
+	(*TaskLogsResponse)(nil),                 // 66: belay.v1.TaskLogsResponse
 }
 var file_belay_proto_depIdxs = []int32{
 	2,  // 0: belay.v1.Activation.attributes:type_name -> belay.v1.Attribute
@@ -4404,81 +4990,94 @@ var file_belay_proto_depIdxs = []int32{
 	2,  // 14: belay.v1.Instance.attributes:type_name -> belay.v1.Attribute
 	21, // 15: belay.v1.Instance.resources:type_name -> belay.v1.InstanceResources
 	20, // 16: belay.v1.Instance.plugins:type_name -> belay.v1.Plugin
-	23, // 17: belay.v1.Instance.devices:type_name -> belay.v1.Device
-	2,  // 18: belay.v1.Device.attributes:type_name -> belay.v1.Attribute
-	24, // 19: belay.v1.Device.used_by:type_name -> belay.v1.DeviceUse
-	0,  // 20: belay.v1.ListInstancesRequest.page:type_name -> belay.v1.Page
-	1,  // 21: belay.v1.ListInstancesRequest.read:type_name -> belay.v1.Read
-	22, // 22: belay.v1.ListInstancesResponse.instances:type_name -> belay.v1.Instance
-	1,  // 23: belay.v1.DescribeInstanceRequest.read:type_name -> belay.v1.Read
-	22, // 24: belay.v1.DescribeInstanceResponse.instance:type_name -> belay.v1.Instance
-	22, // 25: belay.v1.DeregisterInstanceResponse.instance:type_name -> belay.v1.Instance
-	31, // 26: belay.v1.RegisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
-	0,  // 27: belay.v1.ListTaskDefinitionsRequest.page:type_name -> belay.v1.Page
-	1,  // 28: belay.v1.ListTaskDefinitionsRequest.read:type_name -> belay.v1.Read
-	31, // 29: belay.v1.ListTaskDefinitionsResponse.task_definitions:type_name -> belay.v1.TaskDefinition
-	1,  // 30: belay.v1.DescribeTaskDefinitionRequest.read:type_name -> belay.v1.Read
-	31, // 31: belay.v1.DescribeTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
-	31, // 32: belay.v1.DeregisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
-	40, // 33: belay.v1.Container.network_bindings:type_name -> belay.v1.PortMapping
-	41, // 34: belay.v1.Container.pull:type_name -> belay.v1.PullProgress
-	43, // 35: belay.v1.Container.devices:type_name -> belay.v1.DeviceRef
-	42, // 36: belay.v1.Task.containers:type_name -> belay.v1.Container
-	44, // 37: belay.v1.RunTaskResponse.tasks:type_name -> belay.v1.Task
-	45, // 38: belay.v1.RunTaskResponse.failures:type_name -> belay.v1.Placement
-	0,  // 39: belay.v1.ListTasksRequest.page:type_name -> belay.v1.Page
-	1,  // 40: belay.v1.ListTasksRequest.read:type_name -> belay.v1.Read
-	44, // 41: belay.v1.ListTasksResponse.tasks:type_name -> belay.v1.Task
-	1,  // 42: belay.v1.DescribeTaskRequest.read:type_name -> belay.v1.Read
-	44, // 43: belay.v1.DescribeTaskResponse.task:type_name -> belay.v1.Task
-	44, // 44: belay.v1.StopTaskResponse.task:type_name -> belay.v1.Task
-	1,  // 45: belay.v1.WatchTasksRequest.read:type_name -> belay.v1.Read
-	44, // 46: belay.v1.WatchTasksResponse.task:type_name -> belay.v1.Task
-	4,  // 47: belay.v1.Belay.CreateActivation:input_type -> belay.v1.CreateActivationRequest
-	6,  // 48: belay.v1.Belay.ListActivations:input_type -> belay.v1.ListActivationsRequest
-	8,  // 49: belay.v1.Belay.DeleteActivation:input_type -> belay.v1.DeleteActivationRequest
-	11, // 50: belay.v1.Belay.CreateCluster:input_type -> belay.v1.CreateClusterRequest
-	13, // 51: belay.v1.Belay.ListClusters:input_type -> belay.v1.ListClustersRequest
-	15, // 52: belay.v1.Belay.DescribeCluster:input_type -> belay.v1.DescribeClusterRequest
-	17, // 53: belay.v1.Belay.DeleteCluster:input_type -> belay.v1.DeleteClusterRequest
-	25, // 54: belay.v1.Belay.ListInstances:input_type -> belay.v1.ListInstancesRequest
-	27, // 55: belay.v1.Belay.DescribeInstance:input_type -> belay.v1.DescribeInstanceRequest
-	29, // 56: belay.v1.Belay.DeregisterInstance:input_type -> belay.v1.DeregisterInstanceRequest
-	32, // 57: belay.v1.Belay.RegisterTaskDefinition:input_type -> belay.v1.RegisterTaskDefinitionRequest
-	34, // 58: belay.v1.Belay.ListTaskDefinitions:input_type -> belay.v1.ListTaskDefinitionsRequest
-	36, // 59: belay.v1.Belay.DescribeTaskDefinition:input_type -> belay.v1.DescribeTaskDefinitionRequest
-	38, // 60: belay.v1.Belay.DeregisterTaskDefinition:input_type -> belay.v1.DeregisterTaskDefinitionRequest
-	46, // 61: belay.v1.Belay.RunTask:input_type -> belay.v1.RunTaskRequest
-	48, // 62: belay.v1.Belay.ListTasks:input_type -> belay.v1.ListTasksRequest
-	50, // 63: belay.v1.Belay.DescribeTask:input_type -> belay.v1.DescribeTaskRequest
-	52, // 64: belay.v1.Belay.StopTask:input_type -> belay.v1.StopTaskRequest
-	54, // 65: belay.v1.Belay.WatchTasks:input_type -> belay.v1.WatchTasksRequest
-	56, // 66: belay.v1.Belay.TaskLogs:input_type -> belay.v1.TaskLogsRequest
-	5,  // 67: belay.v1.Belay.CreateActivation:output_type -> belay.v1.CreateActivationResponse
-	7,  // 68: belay.v1.Belay.ListActivations:output_type -> belay.v1.ListActivationsResponse
-	9,  // 69: belay.v1.Belay.DeleteActivation:output_type -> belay.v1.DeleteActivationResponse
-	12, // 70: belay.v1.Belay.CreateCluster:output_type -> belay.v1.CreateClusterResponse
-	14, // 71: belay.v1.Belay.ListClusters:output_type -> belay.v1.ListClustersResponse
-	16, // 72: belay.v1.Belay.DescribeCluster:output_type -> belay.v1.DescribeClusterResponse
-	18, // 73: belay.v1.Belay.DeleteCluster:output_type -> belay.v1.DeleteClusterResponse
-	26, // 74: belay.v1.Belay.ListInstances:output_type -> belay.v1.ListInstancesResponse
-	28, // 75: belay.v1.Belay.DescribeInstance:output_type -> belay.v1.DescribeInstanceResponse
-	30, // 76: belay.v1.Belay.DeregisterInstance:output_type -> belay.v1.DeregisterInstanceResponse
-	33, // 77: belay.v1.Belay.RegisterTaskDefinition:output_type -> belay.v1.RegisterTaskDefinitionResponse
-	35, // 78: belay.v1.Belay.ListTaskDefinitions:output_type -> belay.v1.ListTaskDefinitionsResponse
-	37, // 79: belay.v1.Belay.DescribeTaskDefinition:output_type -> belay.v1.DescribeTaskDefinitionResponse
-	39, // 80: belay.v1.Belay.DeregisterTaskDefinition:output_type -> belay.v1.DeregisterTaskDefinitionResponse
-	47, // 81: belay.v1.Belay.RunTask:output_type -> belay.v1.RunTaskResponse
-	49, // 82: belay.v1.Belay.ListTasks:output_type -> belay.v1.ListTasksResponse
-	51, // 83: belay.v1.Belay.DescribeTask:output_type -> belay.v1.DescribeTaskResponse
-	53, // 84: belay.v1.Belay.StopTask:output_type -> belay.v1.StopTaskResponse
-	55, // 85: belay.v1.Belay.WatchTasks:output_type -> belay.v1.WatchTasksResponse
-	57, // 86: belay.v1.Belay.TaskLogs:output_type -> belay.v1.TaskLogsResponse
-	67, // [67:87] is the sub-list for method output_type
-	47, // [47:67] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	26, // 17: belay.v1.Instance.devices:type_name -> belay.v1.Device
+	23, // 18: belay.v1.Instance.conflict:type_name -> belay.v1.Conflict
+	25, // 19: belay.v1.Instance.duplicate:type_name -> belay.v1.Duplicate
+	24, // 20: belay.v1.Conflict.only_on_device:type_name -> belay.v1.ConflictTask
+	24, // 21: belay.v1.Conflict.only_in_store:type_name -> belay.v1.ConflictTask
+	2,  // 22: belay.v1.Device.attributes:type_name -> belay.v1.Attribute
+	27, // 23: belay.v1.Device.used_by:type_name -> belay.v1.DeviceUse
+	0,  // 24: belay.v1.ListInstancesRequest.page:type_name -> belay.v1.Page
+	1,  // 25: belay.v1.ListInstancesRequest.read:type_name -> belay.v1.Read
+	22, // 26: belay.v1.ListInstancesResponse.instances:type_name -> belay.v1.Instance
+	1,  // 27: belay.v1.DescribeInstanceRequest.read:type_name -> belay.v1.Read
+	22, // 28: belay.v1.DescribeInstanceResponse.instance:type_name -> belay.v1.Instance
+	22, // 29: belay.v1.DeregisterInstanceResponse.instance:type_name -> belay.v1.Instance
+	22, // 30: belay.v1.AdoptInstanceResponse.instance:type_name -> belay.v1.Instance
+	22, // 31: belay.v1.DropInstanceResponse.instance:type_name -> belay.v1.Instance
+	22, // 32: belay.v1.RebindInstanceResponse.instance:type_name -> belay.v1.Instance
+	40, // 33: belay.v1.RegisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
+	0,  // 34: belay.v1.ListTaskDefinitionsRequest.page:type_name -> belay.v1.Page
+	1,  // 35: belay.v1.ListTaskDefinitionsRequest.read:type_name -> belay.v1.Read
+	40, // 36: belay.v1.ListTaskDefinitionsResponse.task_definitions:type_name -> belay.v1.TaskDefinition
+	1,  // 37: belay.v1.DescribeTaskDefinitionRequest.read:type_name -> belay.v1.Read
+	40, // 38: belay.v1.DescribeTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
+	40, // 39: belay.v1.DeregisterTaskDefinitionResponse.task_definition:type_name -> belay.v1.TaskDefinition
+	49, // 40: belay.v1.Container.network_bindings:type_name -> belay.v1.PortMapping
+	50, // 41: belay.v1.Container.pull:type_name -> belay.v1.PullProgress
+	52, // 42: belay.v1.Container.devices:type_name -> belay.v1.DeviceRef
+	51, // 43: belay.v1.Task.containers:type_name -> belay.v1.Container
+	53, // 44: belay.v1.RunTaskResponse.tasks:type_name -> belay.v1.Task
+	54, // 45: belay.v1.RunTaskResponse.failures:type_name -> belay.v1.Placement
+	0,  // 46: belay.v1.ListTasksRequest.page:type_name -> belay.v1.Page
+	1,  // 47: belay.v1.ListTasksRequest.read:type_name -> belay.v1.Read
+	53, // 48: belay.v1.ListTasksResponse.tasks:type_name -> belay.v1.Task
+	1,  // 49: belay.v1.DescribeTaskRequest.read:type_name -> belay.v1.Read
+	53, // 50: belay.v1.DescribeTaskResponse.task:type_name -> belay.v1.Task
+	53, // 51: belay.v1.StopTaskResponse.task:type_name -> belay.v1.Task
+	1,  // 52: belay.v1.WatchTasksRequest.read:type_name -> belay.v1.Read
+	53, // 53: belay.v1.WatchTasksResponse.task:type_name -> belay.v1.Task
+	4,  // 54: belay.v1.Belay.CreateActivation:input_type -> belay.v1.CreateActivationRequest
+	6,  // 55: belay.v1.Belay.ListActivations:input_type -> belay.v1.ListActivationsRequest
+	8,  // 56: belay.v1.Belay.DeleteActivation:input_type -> belay.v1.DeleteActivationRequest
+	11, // 57: belay.v1.Belay.CreateCluster:input_type -> belay.v1.CreateClusterRequest
+	13, // 58: belay.v1.Belay.ListClusters:input_type -> belay.v1.ListClustersRequest
+	15, // 59: belay.v1.Belay.DescribeCluster:input_type -> belay.v1.DescribeClusterRequest
+	17, // 60: belay.v1.Belay.DeleteCluster:input_type -> belay.v1.DeleteClusterRequest
+	28, // 61: belay.v1.Belay.ListInstances:input_type -> belay.v1.ListInstancesRequest
+	30, // 62: belay.v1.Belay.DescribeInstance:input_type -> belay.v1.DescribeInstanceRequest
+	32, // 63: belay.v1.Belay.DeregisterInstance:input_type -> belay.v1.DeregisterInstanceRequest
+	34, // 64: belay.v1.Belay.AdoptInstance:input_type -> belay.v1.AdoptInstanceRequest
+	36, // 65: belay.v1.Belay.DropInstance:input_type -> belay.v1.DropInstanceRequest
+	38, // 66: belay.v1.Belay.RebindInstance:input_type -> belay.v1.RebindInstanceRequest
+	41, // 67: belay.v1.Belay.RegisterTaskDefinition:input_type -> belay.v1.RegisterTaskDefinitionRequest
+	43, // 68: belay.v1.Belay.ListTaskDefinitions:input_type -> belay.v1.ListTaskDefinitionsRequest
+	45, // 69: belay.v1.Belay.DescribeTaskDefinition:input_type -> belay.v1.DescribeTaskDefinitionRequest
+	47, // 70: belay.v1.Belay.DeregisterTaskDefinition:input_type -> belay.v1.DeregisterTaskDefinitionRequest
+	55, // 71: belay.v1.Belay.RunTask:input_type -> belay.v1.RunTaskRequest
+	57, // 72: belay.v1.Belay.ListTasks:input_type -> belay.v1.ListTasksRequest
+	59, // 73: belay.v1.Belay.DescribeTask:input_type -> belay.v1.DescribeTaskRequest
+	61, // 74: belay.v1.Belay.StopTask:input_type -> belay.v1.StopTaskRequest
+	63, // 75: belay.v1.Belay.WatchTasks:input_type -> belay.v1.WatchTasksRequest
+	65, // 76: belay.v1.Belay.TaskLogs:input_type -> belay.v1.TaskLogsRequest
+	5,  // 77: belay.v1.Belay.CreateActivation:output_type -> belay.v1.CreateActivationResponse
+	7,  // 78: belay.v1.Belay.ListActivations:output_type -> belay.v1.ListActivationsResponse
+	9,  // 79: belay.v1.Belay.DeleteActivation:output_type -> belay.v1.DeleteActivationResponse
+	12, // 80: belay.v1.Belay.CreateCluster:output_type -> belay.v1.CreateClusterResponse
+	14, // 81: belay.v1.Belay.ListClusters:output_type -> belay.v1.ListClustersResponse
+	16, // 82: belay.v1.Belay.DescribeCluster:output_type -> belay.v1.DescribeClusterResponse
+	18, // 83: belay.v1.Belay.DeleteCluster:output_type -> belay.v1.DeleteClusterResponse
+	29, // 84: belay.v1.Belay.ListInstances:output_type -> belay.v1.ListInstancesResponse
+	31, // 85: belay.v1.Belay.DescribeInstance:output_type -> belay.v1.DescribeInstanceResponse
+	33, // 86: belay.v1.Belay.DeregisterInstance:output_type -> belay.v1.DeregisterInstanceResponse
+	35, // 87: belay.v1.Belay.AdoptInstance:output_type -> belay.v1.AdoptInstanceResponse
+	37, // 88: belay.v1.Belay.DropInstance:output_type -> belay.v1.DropInstanceResponse
+	39, // 89: belay.v1.Belay.RebindInstance:output_type -> belay.v1.RebindInstanceResponse
+	42, // 90: belay.v1.Belay.RegisterTaskDefinition:output_type -> belay.v1.RegisterTaskDefinitionResponse
+	44, // 91: belay.v1.Belay.ListTaskDefinitions:output_type -> belay.v1.ListTaskDefinitionsResponse
+	46, // 92: belay.v1.Belay.DescribeTaskDefinition:output_type -> belay.v1.DescribeTaskDefinitionResponse
+	48, // 93: belay.v1.Belay.DeregisterTaskDefinition:output_type -> belay.v1.DeregisterTaskDefinitionResponse
+	56, // 94: belay.v1.Belay.RunTask:output_type -> belay.v1.RunTaskResponse
+	58, // 95: belay.v1.Belay.ListTasks:output_type -> belay.v1.ListTasksResponse
+	60, // 96: belay.v1.Belay.DescribeTask:output_type -> belay.v1.DescribeTaskResponse
+	62, // 97: belay.v1.Belay.StopTask:output_type -> belay.v1.StopTaskResponse
+	64, // 98: belay.v1.Belay.WatchTasks:output_type -> belay.v1.WatchTasksResponse
+	66, // 99: belay.v1.Belay.TaskLogs:output_type -> belay.v1.TaskLogsResponse
+	77, // [77:100] is the sub-list for method output_type
+	54, // [54:77] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_belay_proto_init() }
@@ -4486,14 +5085,14 @@ func file_belay_proto_init() {
 	if File_belay_proto != nil {
 		return
 	}
-	file_belay_proto_msgTypes[42].OneofWrappers = []any{}
+	file_belay_proto_msgTypes[51].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belay_proto_rawDesc), len(file_belay_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   58,
+			NumMessages:   67,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -62,6 +62,12 @@ const (
 	// BelayDeregisterInstanceProcedure is the fully-qualified name of the Belay's DeregisterInstance
 	// RPC.
 	BelayDeregisterInstanceProcedure = "/belay.v1.Belay/DeregisterInstance"
+	// BelayAdoptInstanceProcedure is the fully-qualified name of the Belay's AdoptInstance RPC.
+	BelayAdoptInstanceProcedure = "/belay.v1.Belay/AdoptInstance"
+	// BelayDropInstanceProcedure is the fully-qualified name of the Belay's DropInstance RPC.
+	BelayDropInstanceProcedure = "/belay.v1.Belay/DropInstance"
+	// BelayRebindInstanceProcedure is the fully-qualified name of the Belay's RebindInstance RPC.
+	BelayRebindInstanceProcedure = "/belay.v1.Belay/RebindInstance"
 	// BelayRegisterTaskDefinitionProcedure is the fully-qualified name of the Belay's
 	// RegisterTaskDefinition RPC.
 	BelayRegisterTaskDefinitionProcedure = "/belay.v1.Belay/RegisterTaskDefinition"
@@ -100,6 +106,13 @@ type BelayClient interface {
 	ListInstances(context.Context, *connect.Request[v1.ListInstancesRequest]) (*connect.Response[v1.ListInstancesResponse], error)
 	DescribeInstance(context.Context, *connect.Request[v1.DescribeInstanceRequest]) (*connect.Response[v1.DescribeInstanceResponse], error)
 	DeregisterInstance(context.Context, *connect.Request[v1.DeregisterInstanceRequest]) (*connect.Response[v1.DeregisterInstanceResponse], error)
+	// AdoptInstance and DropInstance settle the conflict of an instance: Adopt
+	// takes what the device has into the store, Drop makes the device follow it.
+	AdoptInstance(context.Context, *connect.Request[v1.AdoptInstanceRequest]) (*connect.Response[v1.AdoptInstanceResponse], error)
+	DropInstance(context.Context, *connect.Request[v1.DropInstanceRequest]) (*connect.Response[v1.DropInstanceResponse], error)
+	// RebindInstance forgets which machine an instance is on: the next one that
+	// connects with its key is taken for it.
+	RebindInstance(context.Context, *connect.Request[v1.RebindInstanceRequest]) (*connect.Response[v1.RebindInstanceResponse], error)
 	RegisterTaskDefinition(context.Context, *connect.Request[v1.RegisterTaskDefinitionRequest]) (*connect.Response[v1.RegisterTaskDefinitionResponse], error)
 	ListTaskDefinitions(context.Context, *connect.Request[v1.ListTaskDefinitionsRequest]) (*connect.Response[v1.ListTaskDefinitionsResponse], error)
 	DescribeTaskDefinition(context.Context, *connect.Request[v1.DescribeTaskDefinitionRequest]) (*connect.Response[v1.DescribeTaskDefinitionResponse], error)
@@ -186,6 +199,24 @@ func NewBelayClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(belayMethods.ByName("DeregisterInstance")),
 			connect.WithClientOptions(opts...),
 		),
+		adoptInstance: connect.NewClient[v1.AdoptInstanceRequest, v1.AdoptInstanceResponse](
+			httpClient,
+			baseURL+BelayAdoptInstanceProcedure,
+			connect.WithSchema(belayMethods.ByName("AdoptInstance")),
+			connect.WithClientOptions(opts...),
+		),
+		dropInstance: connect.NewClient[v1.DropInstanceRequest, v1.DropInstanceResponse](
+			httpClient,
+			baseURL+BelayDropInstanceProcedure,
+			connect.WithSchema(belayMethods.ByName("DropInstance")),
+			connect.WithClientOptions(opts...),
+		),
+		rebindInstance: connect.NewClient[v1.RebindInstanceRequest, v1.RebindInstanceResponse](
+			httpClient,
+			baseURL+BelayRebindInstanceProcedure,
+			connect.WithSchema(belayMethods.ByName("RebindInstance")),
+			connect.WithClientOptions(opts...),
+		),
 		registerTaskDefinition: connect.NewClient[v1.RegisterTaskDefinitionRequest, v1.RegisterTaskDefinitionResponse](
 			httpClient,
 			baseURL+BelayRegisterTaskDefinitionProcedure,
@@ -261,6 +292,9 @@ type belayClient struct {
 	listInstances            *connect.Client[v1.ListInstancesRequest, v1.ListInstancesResponse]
 	describeInstance         *connect.Client[v1.DescribeInstanceRequest, v1.DescribeInstanceResponse]
 	deregisterInstance       *connect.Client[v1.DeregisterInstanceRequest, v1.DeregisterInstanceResponse]
+	adoptInstance            *connect.Client[v1.AdoptInstanceRequest, v1.AdoptInstanceResponse]
+	dropInstance             *connect.Client[v1.DropInstanceRequest, v1.DropInstanceResponse]
+	rebindInstance           *connect.Client[v1.RebindInstanceRequest, v1.RebindInstanceResponse]
 	registerTaskDefinition   *connect.Client[v1.RegisterTaskDefinitionRequest, v1.RegisterTaskDefinitionResponse]
 	listTaskDefinitions      *connect.Client[v1.ListTaskDefinitionsRequest, v1.ListTaskDefinitionsResponse]
 	describeTaskDefinition   *connect.Client[v1.DescribeTaskDefinitionRequest, v1.DescribeTaskDefinitionResponse]
@@ -321,6 +355,21 @@ func (c *belayClient) DescribeInstance(ctx context.Context, req *connect.Request
 // DeregisterInstance calls belay.v1.Belay.DeregisterInstance.
 func (c *belayClient) DeregisterInstance(ctx context.Context, req *connect.Request[v1.DeregisterInstanceRequest]) (*connect.Response[v1.DeregisterInstanceResponse], error) {
 	return c.deregisterInstance.CallUnary(ctx, req)
+}
+
+// AdoptInstance calls belay.v1.Belay.AdoptInstance.
+func (c *belayClient) AdoptInstance(ctx context.Context, req *connect.Request[v1.AdoptInstanceRequest]) (*connect.Response[v1.AdoptInstanceResponse], error) {
+	return c.adoptInstance.CallUnary(ctx, req)
+}
+
+// DropInstance calls belay.v1.Belay.DropInstance.
+func (c *belayClient) DropInstance(ctx context.Context, req *connect.Request[v1.DropInstanceRequest]) (*connect.Response[v1.DropInstanceResponse], error) {
+	return c.dropInstance.CallUnary(ctx, req)
+}
+
+// RebindInstance calls belay.v1.Belay.RebindInstance.
+func (c *belayClient) RebindInstance(ctx context.Context, req *connect.Request[v1.RebindInstanceRequest]) (*connect.Response[v1.RebindInstanceResponse], error) {
+	return c.rebindInstance.CallUnary(ctx, req)
 }
 
 // RegisterTaskDefinition calls belay.v1.Belay.RegisterTaskDefinition.
@@ -385,6 +434,13 @@ type BelayHandler interface {
 	ListInstances(context.Context, *connect.Request[v1.ListInstancesRequest]) (*connect.Response[v1.ListInstancesResponse], error)
 	DescribeInstance(context.Context, *connect.Request[v1.DescribeInstanceRequest]) (*connect.Response[v1.DescribeInstanceResponse], error)
 	DeregisterInstance(context.Context, *connect.Request[v1.DeregisterInstanceRequest]) (*connect.Response[v1.DeregisterInstanceResponse], error)
+	// AdoptInstance and DropInstance settle the conflict of an instance: Adopt
+	// takes what the device has into the store, Drop makes the device follow it.
+	AdoptInstance(context.Context, *connect.Request[v1.AdoptInstanceRequest]) (*connect.Response[v1.AdoptInstanceResponse], error)
+	DropInstance(context.Context, *connect.Request[v1.DropInstanceRequest]) (*connect.Response[v1.DropInstanceResponse], error)
+	// RebindInstance forgets which machine an instance is on: the next one that
+	// connects with its key is taken for it.
+	RebindInstance(context.Context, *connect.Request[v1.RebindInstanceRequest]) (*connect.Response[v1.RebindInstanceResponse], error)
 	RegisterTaskDefinition(context.Context, *connect.Request[v1.RegisterTaskDefinitionRequest]) (*connect.Response[v1.RegisterTaskDefinitionResponse], error)
 	ListTaskDefinitions(context.Context, *connect.Request[v1.ListTaskDefinitionsRequest]) (*connect.Response[v1.ListTaskDefinitionsResponse], error)
 	DescribeTaskDefinition(context.Context, *connect.Request[v1.DescribeTaskDefinitionRequest]) (*connect.Response[v1.DescribeTaskDefinitionResponse], error)
@@ -465,6 +521,24 @@ func NewBelayHandler(svc BelayHandler, opts ...connect.HandlerOption) (string, h
 		BelayDeregisterInstanceProcedure,
 		svc.DeregisterInstance,
 		connect.WithSchema(belayMethods.ByName("DeregisterInstance")),
+		connect.WithHandlerOptions(opts...),
+	)
+	belayAdoptInstanceHandler := connect.NewUnaryHandler(
+		BelayAdoptInstanceProcedure,
+		svc.AdoptInstance,
+		connect.WithSchema(belayMethods.ByName("AdoptInstance")),
+		connect.WithHandlerOptions(opts...),
+	)
+	belayDropInstanceHandler := connect.NewUnaryHandler(
+		BelayDropInstanceProcedure,
+		svc.DropInstance,
+		connect.WithSchema(belayMethods.ByName("DropInstance")),
+		connect.WithHandlerOptions(opts...),
+	)
+	belayRebindInstanceHandler := connect.NewUnaryHandler(
+		BelayRebindInstanceProcedure,
+		svc.RebindInstance,
+		connect.WithSchema(belayMethods.ByName("RebindInstance")),
 		connect.WithHandlerOptions(opts...),
 	)
 	belayRegisterTaskDefinitionHandler := connect.NewUnaryHandler(
@@ -549,6 +623,12 @@ func NewBelayHandler(svc BelayHandler, opts ...connect.HandlerOption) (string, h
 			belayDescribeInstanceHandler.ServeHTTP(w, r)
 		case BelayDeregisterInstanceProcedure:
 			belayDeregisterInstanceHandler.ServeHTTP(w, r)
+		case BelayAdoptInstanceProcedure:
+			belayAdoptInstanceHandler.ServeHTTP(w, r)
+		case BelayDropInstanceProcedure:
+			belayDropInstanceHandler.ServeHTTP(w, r)
+		case BelayRebindInstanceProcedure:
+			belayRebindInstanceHandler.ServeHTTP(w, r)
 		case BelayRegisterTaskDefinitionProcedure:
 			belayRegisterTaskDefinitionHandler.ServeHTTP(w, r)
 		case BelayListTaskDefinitionsProcedure:
@@ -616,6 +696,18 @@ func (UnimplementedBelayHandler) DescribeInstance(context.Context, *connect.Requ
 
 func (UnimplementedBelayHandler) DeregisterInstance(context.Context, *connect.Request[v1.DeregisterInstanceRequest]) (*connect.Response[v1.DeregisterInstanceResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("belay.v1.Belay.DeregisterInstance is not implemented"))
+}
+
+func (UnimplementedBelayHandler) AdoptInstance(context.Context, *connect.Request[v1.AdoptInstanceRequest]) (*connect.Response[v1.AdoptInstanceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("belay.v1.Belay.AdoptInstance is not implemented"))
+}
+
+func (UnimplementedBelayHandler) DropInstance(context.Context, *connect.Request[v1.DropInstanceRequest]) (*connect.Response[v1.DropInstanceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("belay.v1.Belay.DropInstance is not implemented"))
+}
+
+func (UnimplementedBelayHandler) RebindInstance(context.Context, *connect.Request[v1.RebindInstanceRequest]) (*connect.Response[v1.RebindInstanceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("belay.v1.Belay.RebindInstance is not implemented"))
 }
 
 func (UnimplementedBelayHandler) RegisterTaskDefinition(context.Context, *connect.Request[v1.RegisterTaskDefinitionRequest]) (*connect.Response[v1.RegisterTaskDefinitionResponse], error) {
