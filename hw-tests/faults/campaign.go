@@ -80,7 +80,7 @@ func (c Campaign) site(ctx context.Context, rep *Report, first, runs int) (done 
 	defer watched.Wait()
 	defer unwatch()
 
-	r := &run{s: s, o: o, seed: c.Seed, n: first, rnd: dice(c.Seed, -1), hit: rep.Hit, missed: rep.Missed, journal: j.say}
+	r := &run{s: s, o: o, seed: c.Seed, n: first, rnd: dice(c.Seed, -1), hit: rep.Hit, missed: rep.Missed, journal: j.say, patience: reachWithin}
 	for range 2 {
 		if err := r.launch(ctx, &subject{breed: keeper, health: true}); err != nil {
 			return 0, err
@@ -116,7 +116,7 @@ func (r *run) play(ctx context.Context) (took time.Duration, err error) {
 	r.journal("run %d", r.n)
 	defer func() { err = errors.Join(err, r.heal()) }()
 	for _, b := range []breed{long, process, pair, oneshot}[:1+r.rnd.IntN(3)] {
-		if err := r.launch(ctx, &subject{breed: b}); err != nil {
+		if err := r.launch(ctx, &subject{breed: b, health: true}); err != nil {
 			return 0, err
 		}
 	}

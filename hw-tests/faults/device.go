@@ -36,10 +36,11 @@ type device struct {
 	cmd    *exec.Cmd
 	in     *json.Encoder
 	out    *bufio.Reader
-	pid    atomic.Int64 // of its first process, as seen from the harness
-	boots  atomic.Int64 // how often its power was cut
-	offset int64        // of its clocks to the machine's, in seconds
-	awake  int64        // how much later the agent's clocks are than the device's
+	pid    atomic.Int64    // of its first process, as seen from the harness
+	boots  atomic.Int64    // how often its power was cut
+	offset int64           // of its clocks to the machine's, in seconds
+	awake  int64           // how much later the agent's clocks are than the device's
+	atBoot map[string]bool // its mounts before anything of ours ran
 }
 
 const diskMiB = 96
@@ -184,7 +185,21 @@ exec /proc/self/fd/3 </proc/self/fd/4
 		b, _ := os.ReadFile(log.Name())
 		return fmt.Errorf("the device does not boot: %w: %s", err, b)
 	}
-	return nil
+	d.atBoot = map[string]bool{}
+	at, err := d.mounts()
+	for _, m := range at {
+		d.atBoot[m] = true
+	}
+	return err
+}
+
+// mounts are the mount points on the device.
+func (d *device) mounts() (at []string, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", d.pid.Load()))
+	for line := range strings.Lines(string(b)) {
+		at = append(at, strings.Fields(line)[4])
+	}
+	return at, err
 }
 
 // order tells the first process to do something. Callers hold no lock.

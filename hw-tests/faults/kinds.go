@@ -44,7 +44,7 @@ var kinds = []kind{
 	line("udp-blocked", func(up, down *shape) { up.udp, down.udp = true, true }),
 	line("tcp-blocked", func(up, down *shape) { up.tcp, down.tcp = true, true }),
 	{"nat-rebind", ofLink, 500 * time.Millisecond, func(s *site) error { return s.router.rebind() }, nothing},
-	{"dns-gone", ofLink, 3 * time.Second,
+	{"dns-gone", ofLink, 2 * time.Second,
 		func(s *site) error { s.router.mute.Store(true); return nil },
 		func(s *site) error { s.router.mute.Store(false); return nil }},
 
@@ -57,7 +57,7 @@ var kinds = []kind{
 	{"containerd-kill", ofDevice, 2 * time.Second, func(s *site) error { return s.killed("containerd") }, (*site).startContainerd},
 	stopped("containerd-stop", func(s *site) (int, error) { return s.pid("containerd") }),
 	{"reboot", ofDevice, 500 * time.Millisecond, (*site).reboot, nothing},
-	{"disk-full", ofDevice, 3 * time.Second, (*site).fill, func(s *site) error { return os.Remove(s.filler()) }},
+	{"disk-full", ofDevice, 2 * time.Second, (*site).fill, func(s *site) error { return os.Remove(s.filler()) }},
 	{"clock", ofDevice, time.Second, func(s *site) error { return s.killed("agent") }, func(s *site) error {
 		// The agent comes back to clocks that went on without it, as after
 		// a suspend.
@@ -70,7 +70,7 @@ var kinds = []kind{
 		defer cancel()
 		return s.control.Restart(ctx)
 	}},
-	{"control-stop", ofControl, 3 * time.Second,
+	{"control-stop", ofControl, 2 * time.Second,
 		func(s *site) error { return s.control.Signal(unix.SIGSTOP) },
 		func(s *site) error { return s.control.Signal(unix.SIGCONT) }},
 }
@@ -78,7 +78,7 @@ var kinds = []kind{
 func nothing(*site) error { return nil }
 
 func line(name string, f func(up, down *shape)) kind {
-	return kind{name, ofLink, 3 * time.Second,
+	return kind{name, ofLink, 2 * time.Second,
 		func(s *site) error { s.router.wire.shape(f); return nil },
 		func(s *site) error {
 			s.router.wire.shape(func(up, down *shape) { *up, *down = shape{}, shape{} })
@@ -89,7 +89,7 @@ func line(name string, f func(up, down *shape)) kind {
 // stopped is a process that hangs: SIGSTOP, and SIGCONT to the same process.
 func stopped(name string, find func(s *site) (int, error)) kind {
 	var pid int
-	return kind{name, ofDevice, 3 * time.Second,
+	return kind{name, ofDevice, 2 * time.Second,
 		func(s *site) (err error) {
 			if pid, err = find(s); err != nil {
 				return err

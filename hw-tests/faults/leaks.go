@@ -37,17 +37,16 @@ func (s *site) leaks(mine []*subject) error {
 		}
 		note("container", containers)
 		note("containerd's task", tasks)
-		note("snapshot", slices.DeleteFunc(snapshots, func(l string) bool { return !strings.Contains(l, "Active") && !strings.Contains(l, "View") }))
-		b, err := os.ReadFile(s.device.root("/proc/1/mountinfo"))
+		// What an interrupted pull had begun to unpack is kept by containerd's
+		// lease for a day.
+		note("snapshot", slices.DeleteFunc(snapshots, func(l string) bool {
+			return !strings.Contains(l, "Active") && !strings.Contains(l, "View") || strings.HasPrefix(l, "extract-")
+		}))
+		mounts, err := s.device.mounts()
 		if err != nil {
 			return err
 		}
-		for line := range strings.Lines(string(b)) {
-			f := strings.Fields(line)
-			if at := f[4]; strings.HasPrefix(at, "/run/") || strings.HasPrefix(at, s.device.disk+"/") {
-				note("mount", []string{at})
-			}
-		}
+		note("mount", slices.DeleteFunc(mounts, func(at string) bool { return s.device.atBoot[at] }))
 		netns, _ := filepath.Glob(s.device.root("/run/belay/plugins/containerd/netns/*"))
 		note("network namespace", netns)
 		note("address", addresses(s.device.root("/run/belay-cni")))

@@ -26,7 +26,8 @@ type run struct {
 	active   []active // faults that are not healed yet
 	tokens   int
 	journal  func(string, ...any)
-	kills    int // of plugins since the agent's start
+	kills    int           // of plugins since the agent's start
+	patience time.Duration // with a phase to be reached
 }
 
 type active struct {
@@ -51,7 +52,12 @@ func (r *run) step(ctx context.Context, c card, leave bool) error {
 			return err
 		}
 	}
+	r.patience = reachWithin
+	if len(r.active) > 0 {
+		r.patience = 3 * time.Second
+	}
 	after, err := r.reach(ctx, c.phase)
+	r.patience = reachWithin
 	if err != nil && len(r.active) > 0 {
 		// What is still broken is in the way.
 		r.journal("%s not reached (%v): healing first", c.phase, err)
@@ -130,7 +136,7 @@ func (r *run) token() string {
 // launch starts a task and puts it under observation.
 func (r *run) launch(ctx context.Context, sub *subject) error {
 	token := r.token()
-	err := until(reachWithin, "a task to be placed", func() error {
+	err := until(r.patience, "a task to be placed", func() error {
 		c, cancel := context.WithTimeout(ctx, 4*time.Second)
 		defer cancel()
 		return r.s.launch(c, sub, token)
@@ -165,7 +171,7 @@ func (r *run) up(ctx context.Context, sub *subject) error {
 }
 
 func (r *run) awaitUp(ctx context.Context, sub *subject) error {
-	return until(reachWithin, "task "+sub.id+" to run", func() error { return r.up(ctx, sub) })
+	return until(r.patience, "task "+sub.id+" to run", func() error { return r.up(ctx, sub) })
 }
 
 // stoppable is a running task of this run, started if there is none.
@@ -193,7 +199,7 @@ func (r *run) ask(ctx context.Context, sub *subject) error {
 	sub.asked = true
 	r.o.mu.Unlock()
 	token := r.token()
-	return until(reachWithin, "a stop to be taken", func() error {
+	return until(r.patience, "a stop to be taken", func() error {
 		c, cancel := context.WithTimeout(ctx, 4*time.Second)
 		defer cancel()
 		var answer struct{}
@@ -212,7 +218,7 @@ func (r *run) reach(ctx context.Context, phase string) (after func(), err error)
 		}
 		h := r.s.proxy.hold(repo)
 		release := func() { r.s.proxy.release(repo) }
-		sub := &subject{breed: []breed{long, pair, oneshot}[r.rnd.IntN(3)], image: registryName + "/" + repo + ":1"}
+		sub := &subject{breed: []breed{long, pair, oneshot}[r.rnd.IntN(3)], health: true, image: registryName + "/" + repo + ":1"}
 		if err := r.launch(ctx, sub); err != nil {
 			release()
 			return nil, err
@@ -220,16 +226,16 @@ func (r *run) reach(ctx context.Context, phase string) (after func(), err error)
 		select {
 		case <-h.asked:
 			return release, nil
-		case <-time.After(reachWithin):
+		case <-time.After(r.patience):
 			release()
 			return nil, errors.New("nobody pulled")
 		}
 	case inStart:
-		sub := &subject{breed: []breed{long, process, pair, oneshot}[r.rnd.IntN(4)]}
+		sub := &subject{breed: []breed{long, process, pair, oneshot}[r.rnd.IntN(4)], health: true}
 		if err := r.launch(ctx, sub); err != nil {
 			return nil, err
 		}
-		err := until(reachWithin, "the agent to have the task", func() error {
+		err := until(r.patience, "the agent to have the task", func() error {
 			held, err := r.s.held(ctx)
 			if err == nil && held[sub.id].ID == "" {
 				err = errors.New("it has not")
@@ -243,7 +249,7 @@ func (r *run) reach(ctx context.Context, phase string) (after func(), err error)
 		return nil, err
 	case inHealth:
 		before := r.probes()
-		return nil, until(reachWithin, "a health check", func() error {
+		return nil, until(r.patience, "a health check", func() error {
 			if now := r.probes(); now <= before {
 				return errors.New("there is none")
 			}
@@ -260,7 +266,7 @@ func (r *run) reach(ctx context.Context, phase string) (after func(), err error)
 	if err := r.ask(ctx, sub); err != nil {
 		return nil, err
 	}
-	err = until(reachWithin, "the stop to begin", func() error {
+	err = until(r.patience, "the stop to begin", func() error {
 		said := r.s.testimony(sub.id)
 		if phase == inStop && len(said.terms) == 0 || phase == inCleanup && last(said.ends, "main") == 0 {
 			return fmt.Errorf("it said %+v", said)
@@ -277,7 +283,7 @@ func (r *run) upTo(d time.Duration) time.Duration { return time.Duration(r.rnd.I
 
 // probes counts the health checks that have run so far.
 func (r *run) probes() (n int) {
-	for _, k := range r.keepers {
+	for _, k := range append(append([]*subject(nil), r.keepers...), r.subjects...) {
 		b, _ := os.ReadFile(filepath.Join(r.s.witness, k.id+".probe"))
 		n += strings.Count(string(b), "\n")
 	}
@@ -302,7 +308,7 @@ func (r *run) crash(ctx context.Context) error {
 	if err := os.WriteFile(filepath.Join(r.s.witness, fmt.Sprintf("%s.crash.%d", sub.id, n)), nil, 0o644); err != nil {
 		return err
 	}
-	err := until(reachWithin, "the crash", func() error {
+	err := until(r.patience, "the crash", func() error {
 		if last(r.s.testimony(sub.id).ends, "main") < n {
 			return errors.New("it runs")
 		}

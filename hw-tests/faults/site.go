@@ -162,7 +162,7 @@ path = "/run/containerd-opt"
 
 func (s *site) startAgent() error {
 	return s.device.start("agent", nil, s.bin.Path("belay-agent"), "run", "--state-dir", s.state(), "--run-dir", "/run/belay",
-		"--plugin-dir", filepath.Join(s.dir, "plugins"), "--config", filepath.Join(s.dir, "agent.toml"))
+		"--plugin-dir", filepath.Join(s.dir, "plugins"), "--config", filepath.Join(s.dir, "agent.toml"), "--log-level", "debug")
 }
 
 // stopAgent ends the agent as its service would.
