@@ -426,7 +426,7 @@ func (s *State) lost(t *Task, c *Container, now time.Duration) {
 func (s *State) exit(c *Container, code *int, reason string, now time.Duration) {
 	c.Phase, c.ExitCode, c.Reason, c.PID, c.IP = phaseExited, code, reason, 0, ""
 	c.Removed = false
-	c.Rebooted = code == nil && c.BootID != s.BootID
+	c.Rebooted = code == nil && c.BootID != s.BootID && !bug("reboot-unseen")
 	if c.BootID == s.BootID && c.Started {
 		c.RanFor = max(0, now-c.StartedAt)
 	}

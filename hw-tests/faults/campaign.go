@@ -74,6 +74,7 @@ func (c Campaign) site(ctx context.Context, rep *Report, first, runs int) (done 
 		return 0, err
 	}
 	o := newObserver(s, j.say)
+	s.damaged = o.excuse
 	watching, unwatch := context.WithCancel(ctx)
 	var watched sync.WaitGroup
 	watched.Go(func() { o.run(watching) })
@@ -108,12 +109,14 @@ func (c Campaign) site(ctx context.Context, rep *Report, first, runs int) (done 
 	unwatch()
 	watched.Wait()
 	rep.add(o, dir)
+	rep.settled = append(rep.settled, r.settled...)
 	return done, nil
 }
 
 // play is one run: its faults, then agreement, then the end of its tasks.
 func (r *run) play(ctx context.Context) (took time.Duration, err error) {
 	r.journal("run %d", r.n)
+	r.s.rnd = r.rnd
 	defer func() { err = errors.Join(err, r.heal()) }()
 	for _, b := range []breed{long, process, pair, oneshot}[:1+r.rnd.IntN(3)] {
 		if err := r.launch(ctx, &subject{breed: b, health: true}); err != nil {
@@ -132,10 +135,16 @@ func (r *run) play(ctx context.Context) (took time.Duration, err error) {
 		return 0, err
 	}
 	r.journal("all is healed")
-	if took, err = r.agree(ctx); err != nil {
+	if took, err = r.agree(ctx, false); err != nil {
 		return took, err
 	}
 	r.journal("API and device agree after %s", took)
+	settled, err := r.agree(ctx, true)
+	r.settled = append(r.settled, took+settled)
+	if err != nil {
+		return took, err
+	}
+	r.journal("every task is as it should be after %s", took+settled)
 	if err := r.clear(ctx); err != nil {
 		return took, err
 	}

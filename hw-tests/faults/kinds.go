@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -20,7 +20,11 @@ const (
 	ofLink    class = "link"
 	ofDevice  class = "device"
 	ofControl class = "control"
+	ofAll     class = "all" // overlaps with nothing
 )
+
+// excludes says that two faults cannot be at the same time.
+func (c class) excludes(d class) bool { return c == d || c == ofAll || d == ofAll }
 
 // kind is a sort of fault. Begin brings it about, heal ends it; one that is
 // over at once heals by itself.
@@ -58,10 +62,14 @@ var kinds = []kind{
 	stopped("containerd-stop", func(s *site) (int, error) { return s.pid("containerd") }),
 	{"reboot", ofDevice, 500 * time.Millisecond, (*site).reboot, nothing},
 	{"disk-full", ofDevice, 2 * time.Second, (*site).fill, func(s *site) error { return os.Remove(s.filler()) }},
+	{"state-damaged", ofAll, 2 * time.Second, (*site).damage, func(s *site) error {
+		s.router.wire.shape(func(up, down *shape) { *up, *down = shape{}, shape{} })
+		return nil
+	}},
 	{"clock", ofDevice, time.Second, func(s *site) error { return s.killed("agent") }, func(s *site) error {
 		// The agent comes back to clocks that went on without it, as after
 		// a suspend.
-		s.device.awake += 30 + rand.Int64N(10_000)
+		s.device.awake += 30 + s.rnd.Int64N(10_000)
 		return s.startAgent()
 	}},
 
@@ -163,4 +171,34 @@ func (s *site) fill() error {
 			return err
 		}
 	}
+}
+
+// damage makes one task's assignment unreadable while the agent is dead and
+// nobody is there to send it again: its containers must be left alone.
+func (s *site) damage() error {
+	if err := s.killed("agent"); err != nil {
+		return err
+	}
+	s.router.wire.shape(func(up, down *shape) { up.cut, down.cut = true, true })
+	var running []string
+	for w := range alive() {
+		running = append(running, w.task)
+	}
+	if len(running) > 0 {
+		slices.Sort(running)
+		id := running[s.rnd.IntN(len(running))]
+		s.damaged(id)
+		at := filepath.Join(s.state(), "tasks", id, "assignment")
+		b, err := os.ReadFile(at)
+		if err != nil {
+			return err
+		}
+		for i := len(b) / 2; i < len(b); i++ {
+			b[i] ^= 0x55
+		}
+		if err := os.WriteFile(at, b, 0o600); err != nil {
+			return err
+		}
+	}
+	return s.startAgent()
 }

@@ -3,11 +3,14 @@ package faults
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -165,4 +168,23 @@ func (s *site) outer(inner int) int {
 		}
 	}
 	return 0
+}
+
+// alive1 says whether a process is still there and no zombie.
+func alive1(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return err == nil && len(b) > 0
+}
+
+// network says what a running container lacks of its network.
+func (s *site) network(w who) string {
+	id := fmt.Sprintf("%s-%s-%d", w.task, w.container, w.attempt)
+	if _, err := os.Stat(s.device.root("/run/belay/plugins/containerd/netns/" + id)); errors.Is(err, fs.ErrNotExist) {
+		return "its network namespace is taken away"
+	}
+	has := addresses(s.device.root("/run/belay-cni"))
+	if !slices.ContainsFunc(has, func(a string) bool { return strings.Contains(a, id) }) {
+		return fmt.Sprintf("its address is given back: %v", has)
+	}
+	return ""
 }

@@ -67,6 +67,14 @@ func (o *observer) forget(id string) {
 	delete(o.device, id)
 }
 
+// excuse lets the agent begin anew with a task whose record was damaged.
+func (o *observer) excuse(id string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.journal("the record of task %s is damaged", id)
+	delete(o.device, id)
+}
+
 // violation notes what must not be, once.
 func (o *observer) violation(format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
@@ -225,6 +233,12 @@ func (o *observer) look(ctx context.Context) {
 		running[w.task+"/"+w.container] = append(running[w.task+"/"+w.container], w)
 		if s, ok := o.mains[w]; ok && s.boot == boot && s.pid != pids[0] {
 			o.violation("attempt %s was started again: it was process %d and is process %d", w, s.pid, pids[0])
+		}
+		if sub != nil && sub.runtime() == "containerd" {
+			o.checks["what runs has its network"]++
+			if missing := o.s.network(w); missing != "" && alive1(pids[0]) && boot == int(o.s.device.boots.Load()) {
+				o.violation("%s (%s) runs and %s", w, sub.breed, missing)
+			}
 		}
 		if sub != nil {
 			o.checks["no more attempts than crashes and reboots"]++

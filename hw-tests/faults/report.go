@@ -18,8 +18,8 @@ type Report struct {
 	Violations []string
 	Kept       []string // directories with the logs of violations
 
-	agreed []time.Duration
-	took   time.Duration
+	agreed, settled []time.Duration
+	took            time.Duration
 }
 
 func newReport(seed uint64) *Report {
@@ -73,12 +73,18 @@ func (r *Report) String() string {
 	for _, what := range slices.Sorted(maps.Keys(r.Checks)) {
 		fmt.Fprintf(&b, "%9d  %s\n", r.Checks[what], what)
 	}
-	if n := len(r.agreed); n > 0 {
-		slices.Sort(r.agreed)
-		at := func(p float64) time.Duration { return r.agreed[min(n-1, int(p*float64(n)))].Round(time.Millisecond) }
-		fmt.Fprintf(&b, "\nAPI and device agree after the last fault is healed: p50 %s, p99 %s, most %s\n", at(0.5), at(0.99), r.agreed[n-1].Round(time.Millisecond))
+	b.WriteString("\nafter the last fault was healed:")
+	for _, d := range []struct {
+		what string
+		took []time.Duration
+	}{{"API and device agree", r.agreed}, {"every task is as it should be", r.settled}} {
+		slices.Sort(d.took)
+		if n := len(d.took); n > 0 {
+			at := func(p float64) time.Duration { return d.took[min(n-1, int(p*float64(n)))].Round(time.Millisecond) }
+			fmt.Fprintf(&b, "\n  %-30s p50 %s, p99 %s, most %s", d.what, at(0.5), at(0.99), at(1))
+		}
 	}
-	fmt.Fprintf(&b, "\n%d violations\n", len(r.Violations))
+	fmt.Fprintf(&b, "\n\n%d violations\n", len(r.Violations))
 	for _, v := range r.Violations {
 		fmt.Fprintf(&b, "  %s\n", v)
 	}

@@ -21,7 +21,8 @@ type run struct {
 	rnd      *rand.Rand
 	hit      map[card]int
 	missed   map[card]int
-	subjects []*subject // of this run, but for the keepers
+	settled  []time.Duration // how long until all was as it should be, by run
+	subjects []*subject      // of this run, but for the keepers
 	keepers  []*subject
 	active   []active // faults that are not healed yet
 	tokens   int
@@ -42,7 +43,7 @@ const reachWithin = 12 * time.Second
 // while, or leaves that to the next step.
 func (r *run) step(ctx context.Context, c card, leave bool) error {
 	k := kinds[c.kind]
-	if slices.ContainsFunc(r.active, func(a active) bool { return a.kind.class == k.class }) {
+	if slices.ContainsFunc(r.active, func(a active) bool { return a.kind.class.excludes(k.class) }) {
 		if err := r.heal(); err != nil {
 			return err
 		}
@@ -80,7 +81,7 @@ func (r *run) step(ctx context.Context, c card, leave bool) error {
 	switch {
 	case strings.Contains(k.name, "plugin-kill"):
 		r.kills++
-	case k.name == "agent-kill" || k.name == "clock" || k.name == "reboot":
+	case k.name == "agent-kill" || k.name == "clock" || k.name == "state-damaged" || k.name == "reboot":
 		r.kills = 0
 	}
 	lasts := time.Duration(r.rnd.Int64N(int64(k.longest))) + 100*time.Millisecond
@@ -178,13 +179,12 @@ func (r *run) awaitUp(ctx context.Context, sub *subject) error {
 func (r *run) stoppable(ctx context.Context) (*subject, error) {
 	var able []*subject
 	for _, sub := range r.subjects {
-		if !sub.asked && sub.breed != oneshot {
+		if !sub.asked && sub.breed != oneshot && r.up(ctx, sub) == nil {
 			able = append(able, sub)
 		}
 	}
 	if len(able) > 0 {
-		sub := able[r.rnd.IntN(len(able))]
-		return sub, r.awaitUp(ctx, sub)
+		return able[r.rnd.IntN(len(able))], nil
 	}
 	sub := &subject{breed: []breed{long, process, pair}[r.rnd.IntN(3)]}
 	if err := r.launch(ctx, sub); err != nil {
@@ -332,7 +332,7 @@ func (r *run) age(ctx context.Context, sub *subject) error {
 	if info, err := os.Stat(fmt.Sprintf("/proc/%d", pids[0])); err == nil && time.Since(info.ModTime()) > minAge*time.Second {
 		return nil
 	}
-	if slices.ContainsFunc(r.active, func(a active) bool { return a.kind.class == ofDevice }) {
+	if slices.ContainsFunc(r.active, func(a active) bool { return a.kind.class.excludes(ofDevice) }) {
 		return errors.New("the device has another fault")
 	}
 	r.journal("the device sleeps for %d s, so that task %s is old enough", minAge, sub.id)

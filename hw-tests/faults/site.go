@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,6 +35,8 @@ type site struct {
 	router   *router
 	device   *device
 	instance string
+	rnd      *rand.Rand      // of the present run
+	damaged  func(id string) // is told whose record is damaged
 	fresh    int             // images pushed so far
 	witness  string          // directory where containers tell of themselves
 	aged     map[string]bool // attempts the agent believes to be old, by task and process

@@ -163,6 +163,9 @@ func (s *session) serve(ctx context.Context) error {
 			}
 		})
 	}
+	if bug("leaked-goroutine") {
+		go func() { select {} }()
+	}
 	run(s.read)
 	run(s.write)
 	run(s.apply)
