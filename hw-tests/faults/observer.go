@@ -215,6 +215,13 @@ func (o *observer) look(ctx context.Context) {
 		o.blind++
 	} else {
 		o.now = held
+		for id := range o.device {
+			if _, ok := held[id]; !ok {
+				// It is forgotten; a control plane that is asked for all of
+				// its tasks tells of those that ended, too.
+				delete(o.device, id)
+			}
+		}
 		for _, t := range held {
 			o.heard("the agent", o.device, t)
 		}
