@@ -134,6 +134,8 @@ func (d *device) boot() error {
 mount --bind %s /etc/resolv.conf
 mount --bind %s /etc/hosts
 mount -t tmpfs -o mode=0755 tmpfs /run
+touch /run/device-time
+mount --bind /proc/self/ns/time /run/device-time
 ip link set lo up
 exec /proc/self/fd/3 </proc/self/fd/4
 `, bootID, filepath.Join(d.dir, "resolv.conf"), filepath.Join(d.dir, "hosts"))

@@ -63,13 +63,8 @@ func open(ctx context.Context, bin rig.Binaries, dir, group string) (s *site, er
 	if err := os.MkdirAll(s.witness, 0o777); err != nil {
 		return s, err
 	}
-	if err := os.MkdirAll(filepath.Join(dir, "plugins"), 0o755); err != nil {
+	if err := s.makePlugins(); err != nil {
 		return s, err
-	}
-	for _, p := range []string{"containerd", "process"} {
-		if err := os.Symlink(bin.Path("belay-plugins"), filepath.Join(dir, "plugins", p)); err != nil {
-			return s, err
-		}
 	}
 	if s.router, err = newRouter(); err != nil {
 		return s, err
@@ -222,4 +217,25 @@ func (s *site) close() error {
 		errs = errors.Join(errs, s.router.close())
 	}
 	return errs
+}
+
+// makePlugins makes the plugin directory. An agent whose clocks are later than
+// the device's has plugins whose clocks are not: the kernel tells of the time a
+// process was started by the reader's clocks, and a suspend changes no such
+// time.
+func (s *site) makePlugins() error {
+	real := filepath.Join(s.dir, "programs")
+	if err := errors.Join(os.MkdirAll(real, 0o755), os.MkdirAll(filepath.Join(s.dir, "plugins"), 0o755)); err != nil {
+		return err
+	}
+	for _, p := range []string{"containerd", "process"} {
+		program := filepath.Join(real, p)
+		// The host asks a plugin that it does not know yet without any right.
+		text := "#!/bin/sh\nt=/run/device-time\nnsenter --time=$t true 2>/dev/null && exec nsenter --time=$t -- " + program + " \"$@\"\nexec " + program + " \"$@\"\n"
+		if err := errors.Join(os.Symlink(s.bin.Path("belay-plugins"), program),
+			os.WriteFile(filepath.Join(s.dir, "plugins", p), []byte(text), 0o755)); err != nil {
+			return err
+		}
+	}
+	return os.Chmod(s.dir, 0o755)
 }

@@ -52,7 +52,8 @@ type subject struct {
 	containers []string
 	health     bool
 	image      string
-	bornAt     int // boots of the device before it
+	bornAt     int  // boots of the device before it
+	damaged    bool // its record on the device was
 	asked      bool
 	crashes    int
 }
