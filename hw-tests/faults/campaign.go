@@ -24,6 +24,8 @@ type Campaign struct {
 	// new one is made: 25.
 	Whole int
 	Log   func(format string, args ...any)
+	// Bug is one planted in binaries that were built with it, if any.
+	Bug string
 }
 
 // Run runs the campaign on one site after the other. It ends at the first
@@ -57,7 +59,7 @@ func (c Campaign) site(ctx context.Context, rep *Report, first, runs int) (done 
 	defer j.file.Close()
 	opening, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	s, err := open(opening, c.Bin, dir, "belay-"+filepath.Base(dir))
+	s, err := open(opening, c.Bin, c.Bug, dir, "belay-"+filepath.Base(dir))
 	if err != nil {
 		return 0, fmt.Errorf("open a site (%s is kept): %w", dir, err)
 	}
@@ -214,6 +216,27 @@ func (s *site) baseline(ctx context.Context) (b baseline, err error) {
 
 // finish ends the keepers too and compares with the beginning.
 func (r *run) finish(ctx context.Context, base baseline) error {
+	// A little of everything leaves a little of each leak.
+	for range 5 {
+		if _, err := r.s.control.Stop(20 * time.Second); err != nil {
+			return err
+		}
+		if err := r.s.control.Restart(ctx); err != nil {
+			return err
+		}
+		if err := until(bound, "the device to be connected", func() error {
+			var status struct{ Link struct{ Connected bool } }
+			if err := r.s.local(ctx, "/v1/status", &status); err != nil {
+				return err
+			}
+			if !status.Link.Connected {
+				return errors.New("it is not")
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
 	r.journal("the keepers end")
 	if err := r.clear(ctx, r.keepers...); err != nil {
 		return err

@@ -34,6 +34,14 @@ func (r *Report) run(_ int, took, agreed time.Duration) {
 	}
 }
 
+// faults counts those that were brought about.
+func (r *Report) faults() (n int) {
+	for _, hits := range r.Hit {
+		n += hits
+	}
+	return n
+}
+
 func (r *Report) add(o *observer, dir string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

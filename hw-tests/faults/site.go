@@ -27,6 +27,7 @@ import (
 type site struct {
 	dir      string
 	bin      rig.Binaries
+	bug      string // planted in them
 	control  *rig.Control
 	cli      *rig.CLI
 	api      *rig.API
@@ -53,8 +54,8 @@ const (
 )
 
 // open starts everything and waits until the device is connected.
-func open(ctx context.Context, bin rig.Binaries, dir, group string) (s *site, err error) {
-	s = &site{dir: dir, bin: bin, aged: map[string]bool{}, witness: filepath.Join(dir, "witness")}
+func open(ctx context.Context, bin rig.Binaries, bug, dir, group string) (s *site, err error) {
+	s = &site{dir: dir, bin: bin, bug: bug, aged: map[string]bool{}, witness: filepath.Join(dir, "witness")}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -128,8 +129,8 @@ func (s *site) power() error {
 	if err := s.router.attach(s.device); err != nil {
 		return err
 	}
-	if b := planted(); b != "" {
-		if err := os.WriteFile(s.device.root("/run/belay-bug"), []byte(b), 0o644); err != nil {
+	if s.bug != "" {
+		if err := os.WriteFile(s.device.root("/run/belay-bug"), []byte(s.bug), 0o644); err != nil {
 			return err
 		}
 	}
