@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -188,6 +190,8 @@ func (s *site) damage() error {
 		slices.Sort(running)
 		id := running[s.rnd.IntN(len(running))]
 		s.damaged(id)
+		s.young[id] = time.Now()
+		maps.DeleteFunc(s.aged, func(key string, _ bool) bool { return strings.HasPrefix(key, id) })
 		at := filepath.Join(s.state(), "tasks", id, "assignment")
 		b, err := os.ReadFile(at)
 		if err != nil {

@@ -329,7 +329,8 @@ func (r *run) age(ctx context.Context, sub *subject) error {
 	if r.s.aged[key] {
 		return nil
 	}
-	if info, err := os.Stat(fmt.Sprintf("/proc/%d", pids[0])); err == nil && time.Since(info.ModTime()) > minAge*time.Second {
+	// Damage makes the agent count anew.
+	if info, err := os.Stat(fmt.Sprintf("/proc/%d", pids[0])); err == nil && min(time.Since(info.ModTime()), time.Since(r.s.young[sub.id])) > minAge*time.Second {
 		return nil
 	}
 	if slices.ContainsFunc(r.active, func(a active) bool { return a.kind.class.excludes(ofDevice) }) {

@@ -36,11 +36,12 @@ type site struct {
 	router   *router
 	device   *device
 	instance string
-	rnd      *rand.Rand      // of the present run
-	damaged  func(id string) // is told whose record is damaged
-	fresh    int             // images pushed so far
-	witness  string          // directory where containers tell of themselves
-	aged     map[string]bool // attempts the agent believes to be old, by task and process
+	rnd      *rand.Rand           // of the present run
+	damaged  func(id string)      // is told whose record is damaged
+	fresh    int                  // images pushed so far
+	witness  string               // directory where containers tell of themselves
+	young    map[string]time.Time // when a task's record was damaged
+	aged     map[string]bool      // attempts the agent believes to be old, by task and process
 }
 
 const (
@@ -55,7 +56,7 @@ const (
 
 // open starts everything and waits until the device is connected.
 func open(ctx context.Context, bin rig.Binaries, bug, dir, group string) (s *site, err error) {
-	s = &site{dir: dir, bin: bin, bug: bug, aged: map[string]bool{}, witness: filepath.Join(dir, "witness")}
+	s = &site{dir: dir, bin: bin, bug: bug, aged: map[string]bool{}, young: map[string]time.Time{}, witness: filepath.Join(dir, "witness")}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
