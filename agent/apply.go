@@ -419,7 +419,8 @@ func (s *State) lost(t *Task, c *Container, now time.Duration) {
 		reason = reasonRebooted
 	}
 	s.exit(c, nil, reason, now)
-	c.Removed = true
+	// A start that was cut short may have made something that is not listed.
+	c.Removed = c.Started
 }
 
 // exit notes that the current attempt has ended.

@@ -32,7 +32,7 @@ func deal(seed uint64, n int) []card {
 	var rest []card
 	for run := 0; run <= n; run++ {
 		dealt = nil
-		hand = 6 + rnd.IntN(3)
+		hand = 7 + rnd.IntN(2)
 		for len(dealt) < hand {
 			if len(rest) == 0 {
 				deck++

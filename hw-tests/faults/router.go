@@ -204,5 +204,6 @@ func (r *router) close() error {
 	if r.dns != nil {
 		r.dns.Close()
 	}
-	return commands("ip netns del router")
+	// The link by itself: a namespace that is deleted goes later.
+	return commands("ip link del cloud0", "ip netns del router")
 }
