@@ -150,6 +150,9 @@ func (r *run) play(ctx context.Context) (took time.Duration, err error) {
 	if err := r.clear(ctx); err != nil {
 		return took, err
 	}
+	for _, sub := range r.subjects {
+		r.o.forget(sub.id)
+	}
 	return took, r.s.leaks(r.keepers)
 }
 

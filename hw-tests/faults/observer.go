@@ -270,8 +270,12 @@ func (o *observer) look(ctx context.Context) {
 		o.checks["no container is killed"]++
 		said := o.s.testimony(w.task)
 		name := fmt.Sprintf("%s %d", w.container, w.attempt)
-		if said.ends[name] == 0 && !sub.asked {
+		switch {
+		case sub.asked:
+		case said.ends[name] == 0:
 			o.violation("%s (%s) was killed: it is gone and has not said its end", w, sub.breed)
+		case said.terms[name] > 0:
+			o.violation("%s (%s) was told to end, and nobody had asked for it", w, sub.breed)
 		}
 	}
 	clear(o.mains)
