@@ -36,8 +36,10 @@ type active struct {
 	card card
 }
 
-// reachWithin is how long a task may take to come into a phase.
-const reachWithin = 12 * time.Second
+// reachWithin is how long a task may take to come into a phase. An idle device
+// behind a router that forgot its connection hears nothing until its next
+// keepalive, every 25 s.
+const reachWithin = 40 * time.Second
 
 // step brings a task into a phase, puts the fault there, and heals it after a
 // while, or leaves that to the next step.
