@@ -170,6 +170,10 @@ func (r *run) up(ctx context.Context, sub *subject) error {
 	if n := last(r.s.testimony(sub.id).starts, "main"); n != c.Attempt {
 		return fmt.Errorf("task %s is in attempt %d and has started %d", sub.id, c.Attempt, n)
 	}
+	// An agent that has just started says what it said last.
+	if pids := alive()[who{sub.id, "main", c.Attempt}]; len(pids) != 1 {
+		return fmt.Errorf("task %s is said to run, and its processes are %v", sub.id, pids)
+	}
 	return nil
 }
 
