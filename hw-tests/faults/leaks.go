@@ -73,8 +73,9 @@ func (s *site) leaks(mine []*subject) error {
 		note("volume", volumes)
 		prepared, _ := filepath.Glob(filepath.Join(s.state(), "plugins", "*", "tasks", "*"))
 		note("plugin's state", prepared)
-		if veths, want := s.veths(), s.bridged(mine); veths > want {
-			found = append(found, fmt.Sprintf("%d links to containers, of which there are %d", veths, want))
+		if veths, want := s.veths(), s.bridged(mine); len(veths) > want {
+			found = append(found, fmt.Sprintf("%d links to containers, of which there are %d:\n    %s", len(veths), want,
+				strings.Join(append(veths, s.netHolders()...), "\n    ")))
 		}
 		if len(found) > 0 {
 			return errors.New("left behind:\n  " + strings.Join(found, "\n  "))
@@ -154,13 +155,36 @@ func (s *site) processes() (found []string) {
 	return found
 }
 
-// veths counts the links of the device's bridge.
-func (s *site) veths() int {
+// veths are the links of the device's bridge.
+func (s *site) veths() (links []string) {
 	out, err := s.device.inside("ip", "-o", "link", "show", "type", "veth").Output()
 	if err != nil {
-		return 0
+		return nil
 	}
-	return strings.Count(string(out), "\n")
+	for line := range strings.Lines(string(out)) {
+		links = append(links, strings.TrimSpace(line))
+	}
+	return links
+}
+
+// netHolders are the processes that are in another network namespace than the
+// device's: for a person to find who keeps one.
+func (s *site) netHolders() (found []string) {
+	own, _ := os.Readlink(s.device.netns())
+	harness, _ := os.Readlink("/proc/self/ns/net")
+	entries, _ := filepath.Glob("/proc/[0-9]*/ns/net")
+	for _, e := range entries {
+		ns, err := os.Readlink(e)
+		if err != nil || ns == own || ns == harness {
+			continue
+		}
+		dir := filepath.Dir(filepath.Dir(e))
+		line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
+		environ, _ := os.ReadFile(filepath.Join(dir, "environ"))
+		text := strings.ReplaceAll(string(line), "\x00", " ")
+		found = append(found, fmt.Sprintf("%s in %s: task %s: %s", filepath.Base(dir), ns, taskOf(string(environ)), text[:min(len(text), 40)]))
+	}
+	return found
 }
 
 func (s *site) bridged(mine []*subject) (n int) {
