@@ -10,6 +10,7 @@ MODULES := . plugins/sdk
 PLUGINS := containerd docker edgetpu process
 
 # Lint uses the build's flags, so that nothing is compiled twice for it.
+comma   = ,
 FLAGS   = -buildvcs=false -trimpath -tags=grpcnotrace
 GOBUILD = CGO_ENABLED=0 go build $(FLAGS) -ldflags '-s -w -X main.version=$(VERSION)'
 RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
@@ -17,7 +18,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-faults test-teeth test-docker test-vm test-arm lint bench bench-scale bench-idle fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-faults faults faults-teeth test-teeth test-docker test-vm test-arm lint bench bench-scale bench-idle fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -71,6 +72,19 @@ test-docker: build ## the black-box suite on a real Docker daemon, and all that 
 
 test-faults: build ## faults of plugins that take minutes to see
 	BELAY_BIN=$(abspath $(BIN)) BELAY_TEST_FAULTS=1 go test -count=1 -timeout 15m -run '^TestTenThousandChangesAMinute$$' -v ./hw-tests/blackbox
+
+FAULT_RUNS ?= 20
+SEED       ?= 1
+FIRST      ?= 0
+FAULTTEST   = nice go test -count=1 -timeout 0 -v ./hw-tests/faults -seed $(SEED) -first $(FIRST)
+faults: build ## a site under seeded faults: FAULT_RUNS=500 SEED=1, from run FIRST=0 (half a minute a run; needs root)
+	$(FAULTTEST) -run '^TestFaults$$' -runs $(FAULT_RUNS) -bin $(abspath $(BIN))
+
+BUGBIN = $(abspath $(BIN))/bugs
+faults-teeth: ## bugs planted one at a time, each to be found by the same faults (BUG=NAME: only that)
+	@mkdir -p $(BUGBIN) && $(subst -tags=grpcnotrace,-tags=grpcnotrace$(comma)belay_bug,$(GOBUILD)) -o $(BUGBIN)/ ./agent/cmd/belay-agent ./controlplane/cmd/belay-control \
+		./controlplane/cmd/belay ./plugins/cmd/belay-plugins ./plugins/process/cmd/belay-supervise
+	BELAY_BUG=$(BUG) BELAY_BUG_BIN=$(BUGBIN) $(FAULTTEST) -run '^TestTeeth$$' -runs $(FAULT_RUNS)
 
 test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, host, process, units)
 	@hw-tests/vm/run.sh $(VM)

@@ -445,14 +445,15 @@ func (s *State) lost(t *Task, c *Container, now time.Duration) {
 		reason = reasonRebooted
 	}
 	s.exit(c, nil, reason, now)
-	c.Removed = true
+	// A start that was cut short may have made something that is not listed.
+	c.Removed = c.Started
 }
 
 // exit notes that the current attempt has ended.
 func (s *State) exit(c *Container, code *int, reason string, now time.Duration) {
 	c.Phase, c.ExitCode, c.Reason, c.PID, c.IP = phaseExited, code, reason, 0, ""
 	c.Removed = false
-	c.Rebooted = code == nil && c.BootID != s.BootID
+	c.Rebooted = code == nil && c.BootID != s.BootID && !bug("reboot-unseen")
 	if c.BootID == s.BootID && c.Started {
 		c.RanFor = max(0, now-c.awakeSince())
 	}

@@ -134,6 +134,10 @@ func (s *State) reconcile(t *Task, c *Container, claimed map[*Container]sdk.Cont
 		}
 		return
 	}
+	if bug("double-start") && c.Phase == phaseUnknown {
+		c.Phase, c.Removed, c.Rebooted = phaseExited, true, true
+		return
+	}
 	delete(rt.strays, seen.Attempt)
 	if seen.Attempt.Number > c.Number {
 		// Its record was lost: what runs is what counts.

@@ -128,7 +128,7 @@ func (p *planner) runtime(rt *runtimeState) {
 	for _, a := range strayAttempts(rt) {
 		st := rt.strays[a]
 		held[a.Task] = true
-		if !p.s.trusted && p.s.task(a.Task) == nil {
+		if !p.s.trusted && p.s.task(a.Task) == nil && !bug("orphan-kill") {
 			continue // damage may have lost its task: leave it alone
 		}
 		if st.busy != "" || !p.due(st.retry.at) {

@@ -60,6 +60,7 @@ func (s *State) reports(now, started time.Duration, when func() *wire.When, next
 		}
 		st.Sequence, st.At = next(), when()
 		t.report = report{last: st, at: now}
+		t.Acked = t.Acked || bug("lost-ack") && t.Status == Stopped
 		out = append(out, st)
 	}
 	return out, wake
@@ -99,6 +100,9 @@ func sameReport(a, b *wire.TaskStatus, loosely bool) bool {
 // taskStatus is the level: everything observed about a task.
 func (s *State) taskStatus(t *Task) *wire.TaskStatus {
 	st := &wire.TaskStatus{TaskId: t.ID, LastStatus: t.Status, Health: t.healthStatus(), Note: s.note(t)}
+	if bug("status-back") && t.Status == Running && t.wantsStart() {
+		st.LastStatus = Pending
+	}
 	if t.Stop != nil {
 		st.StopCode, st.StoppedReason = t.Stop.code, t.Stop.reason
 	}

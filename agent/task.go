@@ -224,7 +224,7 @@ func (c *Container) record() AttemptRecord {
 		Container: c.Spec.GetName(), Number: c.Number, BootID: c.BootID,
 		Image: c.Image, Digest: c.Digest, HostPorts: c.HostPorts, Devices: c.Devices,
 		StartedAt: c.StartedAt, Started: c.Started, RuntimeID: c.RuntimeID,
-		Exited: c.Phase == phaseExited, ExitCode: c.ExitCode, Reason: c.Reason,
+		Exited: c.Phase == phaseExited && !bug("exit-forgotten"), ExitCode: c.ExitCode, Reason: c.Reason,
 		RanFor: c.RanFor, Rebooted: c.Rebooted, Removed: c.Removed, HaltedAt: c.HaltedAt,
 	}
 }

@@ -36,6 +36,9 @@ func (r *Runtime) Stop(ctx context.Context, a sdk.Attempt, grace time.Duration) 
 		h.container.State, h.container.Reason = sdk.StateExited, "stopped before it ran"
 		return h.container, nil
 	}
+	if bug("early-clean-up") {
+		_ = r.bridge.release(ctx, h.id, h.container.Ports)
+	}
 	// Asked before the signal, so that the exit cannot be missed.
 	exited := make(chan error, 1)
 	wctx, cancel := context.WithCancel(ctx)

@@ -217,6 +217,9 @@ func (s *session) serve(all *sync.WaitGroup) error {
 			}
 		})
 	}
+	if bug("leaked-goroutine") {
+		go func() { select {} }()
+	}
 	run(&living, s.life, func(context.Context) error { return s.read() })
 	run(&living, s.life, s.answerRequests)
 	run(&reporting, s.active, s.write)

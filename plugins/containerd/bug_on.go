@@ -1,0 +1,16 @@
+//go:build belay_bug
+
+package containerd
+
+import (
+	"os"
+	"strings"
+	"sync"
+)
+
+var planted = sync.OnceValue(func() string {
+	b, _ := os.ReadFile("/run/belay-bug")
+	return strings.TrimSpace(string(b))
+})
+
+func bug(name string) bool { return planted() == name }
