@@ -187,6 +187,9 @@ func (c *checker) rule(ctx context.Context, rule rule, kill func()) (v Verdict, 
 	defer timer.Stop()
 	select {
 	case <-done:
+		if ctx.Err() != nil { // what it came to then says nothing
+			r.Errorf("interrupted")
+		}
 		return r.verdict(rule.name, time.Since(begun)), false
 	case <-timer.C:
 		r.Errorf("expected an end within %s, it was still going on then", c.timeout)
