@@ -65,7 +65,7 @@ func (s *State) listed(r result, now time.Duration) {
 			continue
 		}
 		for _, c := range t.Containers {
-			s.reconcile(t, c, claimed, found, rt, r.tick, now)
+			s.reconcile(t, c, claimed, rt, r.tick, now)
 		}
 	}
 	for a, st := range rt.strays {
@@ -116,7 +116,7 @@ func (rt *runtimeState) adoptStray(seen sdk.Container) {
 }
 
 // reconcile brings one container in line with what was listed of it.
-func (s *State) reconcile(t *Task, c *Container, claimed map[*Container]sdk.Container, found map[sdk.Attempt]bool,
+func (s *State) reconcile(t *Task, c *Container, claimed map[*Container]sdk.Container,
 	rt *runtimeState, tick uint64, now time.Duration,
 ) {
 	if c.busy != "" || c.changed > tick {
@@ -129,9 +129,9 @@ func (s *State) reconcile(t *Task, c *Container, claimed map[*Container]sdk.Cont
 			c.Phase = phaseNone
 		case c.Phase == phaseRunning, c.Phase == phaseUnknown:
 			s.lost(t, c, now)
-		case c.Phase == phaseExited && !found[t.attempt(c)]:
-			c.Removed = true
 		}
+		// One that has exited and is not listed is removed all the same: what
+		// a Remove that was cut short left, such as a shim, no List tells of.
 		return
 	}
 	if bug("double-start") && c.Phase == phaseUnknown {

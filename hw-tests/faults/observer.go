@@ -185,6 +185,11 @@ func (o *observer) heard(by string, of map[string]*seen, t apiTask) {
 	if rank(t.LastStatus) > rank("RUNNING") && !sub.asked {
 		c := t.container("main")
 		ended := sub.breed == oneshot && c.ExitCode != nil && *c.ExitCode == exitWith
+		// An agent that has forgotten a task that ended, and is sent all there
+		// is, hears that it is to stop and no more.
+		if told := o.api[t.ID]; told != nil && told.status == "STOPPED" {
+			ended = true
+		}
 		if !ended {
 			o.violation("%s: task %s (%s) is %s and nobody asked for it: %s %s", by, t.ID, sub.breed, t.LastStatus, t.StopCode, t.StoppedReason)
 		}
@@ -198,7 +203,7 @@ func (o *observer) heard(by string, of map[string]*seen, t apiTask) {
 			}
 			end += fmt.Sprintf("; %s attempt %d exit %s", c.Name, c.Attempt, code)
 		}
-		if before.end != "" && before.end != end {
+		if before.end != "" && before.end != end && len(t.Containers) > 0 { // else it is heard of again
 			o.violation("%s: what is told of stopped task %s changed from %q to %q", by, t.ID, before.end, end)
 		}
 		before.end = end
