@@ -18,7 +18,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-faults faults faults-teeth test-teeth test-docker test-vm test-arm lint bench bench-scale bench-idle fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-systemd test-offline test-faults faults faults-teeth test-teeth test-docker test-vm test-arm lint bench bench-scale bench-idle fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -69,6 +69,9 @@ DOCKERTABLE = TestFirstTask|TestTaskRunWait|TestDependencies|TestRestartPolicy|T
 test-docker: build ## the black-box suite on a real Docker daemon, and all that a daemon can do to an agent (minutes)
 	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 20m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^($(DOCKERTABLE))$$/^docker$$'
 	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 15m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^(TestDocker.*|TestUpgradePlugins|TestDevicesByCDI)$$'
+
+test-offline: build ## a board cold-booted without a network, with a crash in its long absence (minutes)
+	BELAY_TEST_OFFLINE=1 go test -count=1 -timeout 15m -run '^TestColdBootWithoutNetwork$$' -v ./hw-tests/blackbox -bin $(abspath $(BIN))
 
 test-faults: build ## faults of plugins that take minutes to see
 	BELAY_BIN=$(abspath $(BIN)) BELAY_TEST_FAULTS=1 go test -count=1 -timeout 15m -run '^TestTenThousandChangesAMinute$$' -v ./hw-tests/blackbox
