@@ -137,6 +137,13 @@ func (r *run) play(ctx context.Context) (took time.Duration, err error) {
 		return 0, err
 	}
 	r.journal("all is healed")
+	owed := r.owed
+	r.owed = nil
+	for _, sub := range owed {
+		if err := r.ask(ctx, sub); err != nil {
+			return 0, err
+		}
+	}
 	if took, err = r.agree(ctx, false); err != nil {
 		return took, err
 	}

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/belay-edge/belay/hw-tests/rig"
@@ -38,7 +40,9 @@ func TestFaults(t *testing.T) {
 		t.Skip("needs root: it makes namespaces and runs containerd")
 	}
 	c := Campaign{Bin: binaries(t), Seed: *seedFlag, First: *firstFlag, Runs: *runsFlag, Log: t.Logf}
-	rep, err := c.Run(context.Background())
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	rep, err := c.Run(ctx)
 	if rep != nil {
 		t.Logf("%s", rep)
 	}

@@ -21,6 +21,7 @@ type run struct {
 	rnd      *rand.Rand
 	hit      map[card]int
 	missed   map[card]int
+	owed     []*subject      // whose stop was asked for and not answered
 	settled  []time.Duration // how long until all was as it should be, by run
 	subjects []*subject      // of this run, but for the keepers
 	keepers  []*subject
@@ -68,6 +69,9 @@ func (r *run) step(ctx context.Context, c card, leave bool) error {
 			return err
 		}
 		after, err = r.reach(ctx, c.phase)
+	}
+	if ctx.Err() != nil {
+		return nil
 	}
 	if err != nil {
 		r.missed[c]++
@@ -205,12 +209,16 @@ func (r *run) ask(ctx context.Context, sub *subject) error {
 	sub.asked = true
 	r.o.mu.Unlock()
 	token := r.token()
-	return until(r.patience, "a stop to be taken", func() error {
+	err := until(r.patience, "a stop to be taken", func() error {
 		c, cancel := context.WithTimeout(ctx, 4*time.Second)
 		defer cancel()
 		var answer struct{}
 		return r.s.api.Call(c, "StopTask", map[string]any{"id": sub.id, "clientToken": token}, &answer)
 	})
+	if err != nil {
+		r.owed = append(r.owed, sub) // it may have been taken: asked again later
+	}
+	return err
 }
 
 // reach brings a task into a phase and returns at that moment. after lets go of
