@@ -24,7 +24,8 @@ func (s *site) imagesOf(t *testing.T) (imagesOf, error) {
 		return imagesOf{}, err
 	}
 	var st struct{ Images map[string]imagesOf }
-	return st.Images[s.runtime], json.Unmarshal(out, &st)
+	err = json.Unmarshal(out, &st)
+	return st.Images[s.runtime], err
 }
 
 // kept lists the images in the site's namespace of containerd.

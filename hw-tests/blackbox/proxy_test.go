@@ -46,13 +46,13 @@ func TestProxies(t *testing.T) {
 				}
 				t.Setenv("SSL_CERT_FILE", file)
 			}
-			p.Start(t)
 			control := newControl(t, "--advertise", "control.invalid")
 			_, port, err := net.SplitHostPort(control.Addr)
 			if err != nil {
 				t.Fatal(err)
 			}
 			p.Hosts["control.invalid:"+port] = control.Addr
+			p.Start(t)
 			s := &site{Control: control, runtime: "process", dir: tempDir(t), cli: control.CLI()}
 			code, err := s.cli.Activate(deadline(t, patience), cluster, 1)
 			if err != nil {
