@@ -35,7 +35,8 @@ func (s *site) local() (l local, err error) {
 	if err != nil {
 		return l, fmt.Errorf("%w: %s", err, out)
 	}
-	return l, json.Unmarshal(out, &l)
+	err = json.Unmarshal(out, &l)
+	return l, err
 }
 
 // says waits until the agent's status is as expected.
