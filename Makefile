@@ -69,6 +69,7 @@ DOCKERTABLE = TestFirstTask|TestTaskRunWait|TestDependencies|TestRestartPolicy|T
 test-docker: build ## the black-box suite on a real Docker daemon, and all that a daemon can do to an agent (minutes)
 	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 20m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^($(DOCKERTABLE))$$/^docker$$'
 	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 15m -v ./hw-tests/blackbox -bin $(abspath $(BIN)) -run '^(TestDocker.*|TestUpgradePlugins|TestDevicesByCDI)$$'
+	BELAY_TEST_DOCKER=1 go test -count=1 -timeout 15m -v ./hw-tests/docker -run '^TestConformance$$'
 
 test-offline: build ## a board cold-booted without a network, with a crash in its long absence (minutes)
 	BELAY_TEST_OFFLINE=1 go test -count=1 -timeout 15m -run '^TestColdBootWithoutNetwork$$' -v ./hw-tests/blackbox -bin $(abspath $(BIN))

@@ -144,6 +144,9 @@ func TestConformance(t *testing.T) {
 	}
 	for _, network := range []string{sdk.NetworkNone, sdk.NetworkBridge} {
 		t.Run(network, func(t *testing.T) {
+			if network == sdk.NetworkBridge && os.Getenv("BELAY_TEST_DOCKER") == "" {
+				t.Skip("takes a minute more: run make test-docker")
+			}
 			dir, err := os.MkdirTemp("", "bd") // short: sockets need short paths
 			if err != nil {
 				t.Fatal(err)
