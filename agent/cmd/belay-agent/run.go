@@ -281,5 +281,8 @@ func (d *device) beReady(ctx context.Context) error {
 	notify(d.log, daemon.SdNotifyReady)
 	d.log.Info("agent is running", "version", agentVersion(), "instance", d.id.ID, "cluster", d.id.Cluster,
 		"pid", os.Getpid(), "board", d.facts.Attributes["belay.board"])
-	return d.dog.Run(ctx, func() { notify(d.log, daemon.SdNotifyWatchdog) })
+	return d.dog.Run(ctx, func() {
+		notify(d.log, daemon.SdNotifyWatchdog)
+		pluginhost.Worked() // the loops have answered, with pages of code that nothing else needs
+	})
 }
