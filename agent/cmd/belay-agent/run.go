@@ -270,7 +270,7 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 }
 
 // beReady tells systemd once the task loop answers, and from then on that
-// every loop turns. One that does not ends the agent, with or without systemd.
+// every watched loop turns. One that does not ends the agent, with or without systemd.
 func (d *device) beReady(ctx context.Context) error {
 	if _, err := d.agent.Snapshot(ctx); err != nil {
 		if ctx.Err() != nil {

@@ -1,5 +1,5 @@
-// Package watchdog makes stuck impossible. A Dog asks every loop of the agent,
-// by name, whether it still turns, and ends the agent when one no longer does;
+// Package watchdog makes stuck impossible. A Dog asks the loops it was given,
+// by name, whether they still turn, and ends the agent when one no longer does;
 // a Reach does the same for a tunnel that should be up and is not. Ending is
 // harmless: tasks go on without the agent, and the next start takes them over.
 package watchdog
