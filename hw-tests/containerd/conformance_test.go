@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -47,7 +48,7 @@ func TestConformance(t *testing.T) {
 				Image:      reg.Address + "/" + images.Shell + ":1",
 				Network:    network,
 				User:       "1234:5678",
-				HangUp:     15,
+				HangUp:     hangUps(t),
 			})
 			runs, err := filepath.Glob(filepath.Join(dir, "sdktest*"))
 			if err != nil || len(runs) != 1 {
@@ -75,4 +76,17 @@ func TestConformance(t *testing.T) {
 			})
 		})
 	}
+}
+
+// hangUps is how often a rule about starts that are given up repeats itself.
+func hangUps(t *testing.T) int {
+	v := os.Getenv("BELAY_TEST_HANGUPS")
+	if v == "" {
+		return 8
+	}
+	n, err := strconv.Atoi(v)
+	if err != nil {
+		t.Fatalf("BELAY_TEST_HANGUPS: %v", err)
+	}
+	return n
 }

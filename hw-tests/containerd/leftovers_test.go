@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/belay-edge/belay/hw-tests/rig"
 )
 
 // leftovers lists what a container leaves on the machine while it exists:
@@ -42,7 +44,8 @@ func leftovers(t *testing.T, w *world) []string {
 		}
 	}
 	for _, pattern := range []string{"/sys/fs/cgroup/belay/*", "/sys/fs/cgroup/*/belay/*", filepath.Join(w.run, "containers", "*"), filepath.Join(w.run, "netns", "*"),
-		filepath.Join(w.run, "cni", "results", "*"), filepath.Join(w.run, "exec", "*"), filepath.Join(w.state, "tasks", "*"), filepath.Join("/run/belay-cni", bridgeName, "10.*")} {
+		filepath.Join(w.run, "cni", "results", "*"), filepath.Join(w.run, "exec", "*"), filepath.Join(w.state, "tasks", "*"), filepath.Join("/run/belay-cni", bridgeName, "10.*"),
+		filepath.Join(bundles(w.ctd, "state"), "*"), filepath.Join(bundles(w.ctd, "root"), "*")} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
@@ -95,4 +98,10 @@ func networkLeftovers(t *testing.T) []string {
 		}
 	}
 	return all
+}
+
+// bundles is where containerd keeps what a shim works with: below its state,
+// and below its root what must outlive a reboot.
+func bundles(ctd *rig.Containerd, below string) string {
+	return filepath.Join(filepath.Dir(ctd.Log()), below, "io.containerd.runtime.v2.task", "belay")
 }

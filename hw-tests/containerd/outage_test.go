@@ -3,6 +3,8 @@ package containerd
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -10,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/belay-edge/belay/hw-tests/rig"
 	"github.com/belay-edge/belay/images"
@@ -164,6 +168,64 @@ func TestShimKilled(t *testing.T) {
 	again := w.start(q)
 	if again.State != sdk.StateExited {
 		t.Errorf("a second Start made %+v", again)
+	}
+}
+
+// TestForgottenBundle: containerd can forget an abandoned start whose bundle it
+// has not removed, with its shim or without, and then refuses the name until it
+// is restarted.
+func TestForgottenBundle(t *testing.T) {
+	for _, shim := range []bool{false, true} {
+		t.Run(fmt.Sprintf("shim=%t", shim), func(t *testing.T) {
+			w := newWorld(t)
+			before := leftovers(t, w)
+			a := w.attempt(sdk.TaskSpec{})
+			id := a.Task + "-" + a.Container + "-1"
+			bundle, work := filepath.Join(bundles(w.ctd, "state"), id), filepath.Join(bundles(w.ctd, "root"), id)
+			precious := t.TempDir()
+			if err := os.WriteFile(filepath.Join(precious, "file"), []byte("kept"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			for _, dir := range []string{bundle, work, filepath.Join(bundle, "rootfs")} {
+				if err := os.MkdirAll(dir, 0o711); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.Symlink(work, filepath.Join(bundle, "work")); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(filepath.Join(bundle, "rootfs", "proc"), 0o755); err != nil { // runc, without the mount
+				t.Fatal(err)
+			}
+			if err := syscall.Mount(precious, filepath.Join(bundle, "rootfs"), "", syscall.MS_BIND, ""); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = syscall.Unmount(filepath.Join(bundle, "rootfs"), syscall.MNT_DETACH) })
+			if shim {
+				// What is told from a shim is its command line and where it runs.
+				p := exec.Command("sh", "-c", "while :; do sleep 1; done", "-namespace", "belay", "-id", id, "-address", w.ctd.Address)
+				p.Dir = bundle
+				if err := p.Start(); err != nil {
+					t.Fatal(err)
+				}
+				ended := make(chan error, 1)
+				go func() { ended <- p.Wait() }()
+				t.Cleanup(func() {
+					_ = p.Process.Kill()
+					<-ended
+				})
+			}
+			if c := w.start(w.request(a, sdk.NetworkNone, images.Workload, "sleep")); c.State != sdk.StateRunning {
+				t.Errorf("it is %+v", c)
+			}
+			if b, err := os.ReadFile(filepath.Join(precious, "file")); err != nil || string(b) != "kept" {
+				t.Errorf("what was mounted in the bundle was emptied: %q, %v", b, err)
+			}
+			w.clear()
+			if d := cmp.Diff(before, leftovers(t, w)); d != "" {
+				t.Errorf("left behind (-before +after):\n%s", d)
+			}
+		})
 	}
 }
 

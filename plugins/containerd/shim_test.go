@@ -27,6 +27,24 @@ func TestIsShim(t *testing.T) {
 	}
 }
 
+func TestForgottenBundle(t *testing.T) {
+	const id = "0123456789abcdef0123456789abcdef-main-1"
+	const path = "/run/containerd/io.containerd.runtime.v2.task/belay/" + id
+	r := &Runtime{cfg: Config{Namespace: "belay"}}
+	for message, want := range map[string]string{
+		"failed to start shim: mkdir " + path + ": file exists":                         path,
+		"failed to start shim: mkdir " + path + "2: file exists":                        "",
+		"mkdir /run/other/" + id + ": file exists":                                      "",
+		"mkdir " + strings.Replace(path, "belay", "k8s.io", 1) + ": file exists":        "",
+		"mkdir /x/../io.containerd.runtime.v2.task/belay/../../" + id + ": file exists": "",
+		"container \"" + id + "\": already exists":                                      "",
+	} {
+		if got := r.forgottenBundle(errors.New(message), id); got != want {
+			t.Errorf("%s: %q, want %q", message, got, want)
+		}
+	}
+}
+
 // containerd 2 no longer ends what runc said with ": unknown".
 func TestWhatRuncSays(t *testing.T) {
 	const pre = "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process: "

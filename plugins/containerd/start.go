@@ -39,7 +39,8 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 	// same Start, and containerd may still be at what that one asked for: it
 	// gives up on its own, and until it has, the name is not free.
 	interrupted := false
-	var left error // by the last try
+	var left error        // by the last try
+	var refused time.Time // for a bundle without a shim, first
 	defer func() {
 		if left != nil {
 			r.log.Error("a failed start left something behind", "container", containerID(q.Attempt), "err", left)
@@ -61,6 +62,13 @@ func (r *Runtime) Start(ctx context.Context, q sdk.StartRequest) (sdk.Container,
 			interrupted = true
 		default:
 			return sdk.Container{}, r.fail(op, err)
+		}
+		if bundle := r.forgottenBundle(err, containerID(q.Attempt)); bundle == "" {
+			refused = time.Time{}
+		} else if refused.IsZero() {
+			refused = time.Now()
+		} else if time.Since(refused) > shimPatience {
+			r.log.Warn("clearing away a bundle that containerd has forgotten", "container", containerID(q.Attempt), "bundle", bundle, "err", clearBundle(ctx, bundle))
 		}
 		if err := r.awaitShims(ctx, containerID(q.Attempt), time.Until(deadline)); err != nil {
 			return sdk.Container{}, r.fail(op, err)
