@@ -18,7 +18,7 @@ RACE    = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
 # Headers of go-nvml declare deprecated what its bindings must still bind.
 export CGO_CFLAGS ?= -O2 -g -Wno-deprecated-declarations
 
-.PHONY: build demo test test-modules test-systemd test-offline test-faults faults faults-teeth test-teeth test-docker test-vm test-arm lint bench bench-scale bench-idle fuzz generate check-generated setup clean
+.PHONY: build demo test test-modules test-hangups test-systemd test-offline test-faults faults faults-teeth test-teeth test-docker test-vm test-arm lint bench bench-scale bench-idle fuzz generate check-generated setup clean
 
 build: ## the binaries and the plugins, ready to load, in $(BIN)
 	@mkdir -p $(BIN)/plugins
@@ -45,7 +45,7 @@ test: setup build lint test-modules test-teeth ## everything, race detector on
 TESTLOG  = $(abspath $(BIN))/test.log
 GOTEST   = go test -v $(RACE) -timeout 15m
 SHOW     = 2>&1 | tee -a $(TESTLOG) | awk '/\.go:[0-9]+: / && !/ level=/{why=$$0} /--- SKIP/{print; print why} /^(ok|FAIL|panic:)|--- FAIL|WARNING: DATA RACE/{print; fflush()}' \
-	|| { echo "failed; of $(TESTLOG):"; grep -nE -B40 -A40 -e '--- FAIL|^panic:|DATA RACE|\[build failed\]' $(TESTLOG) | tail -n 400; exit 1; }
+	|| { echo "failed; of $(TESTLOG):"; awk -f hw-tests/failures.awk $(TESTLOG) $(TESTLOG) | tail -n 300; exit 1; }
 test-modules:
 	@[ -n "$(RACE)" ] || echo "no C compiler, so no race detector: install gcc and libc6-dev for it"
 	@rm -f $(TESTLOG)
@@ -55,6 +55,11 @@ test-modules:
 lint: .tools/staticcheck ## gofmt, vet, staticcheck, go.mod in order
 	@test -z "$$(gofmt -l . | tee >(cat >&2))" || { echo "not gofmt-ed: run gofmt -w on the files above"; exit 1; }
 	@for m in $(MODULES); do echo "== lint $$m"; (cd $$m && export CGO_ENABLED=0 GOFLAGS="$(FLAGS)" && go mod tidy -diff >/dev/null && go vet ./... && $(CURDIR)/.tools/staticcheck ./...) || exit 1; done
+
+# What kills meet is a matter of luck: the more, the better.
+HANGUPS = 400
+test-hangups: build ## containerd's starts, given up and killed in the middle, HANGUPS times each (minutes)
+	BELAY_TEST_HANGUPS=$(HANGUPS) go test -count=1 -timeout 3h -v ./hw-tests/containerd -run '^TestConformance$$/none/(starter_goes_away|plugin_killed_in_the_middle)'
 
 test-teeth: ## for each rule for runtimes, one that breaks it and no other (minutes)
 	BELAY_TEST_TEETH=1 go test -v -count=1 -timeout 15m -run '^TestRuntimeSuiteHasTeeth$$' ./plugins/process
