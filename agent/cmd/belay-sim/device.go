@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/belay-edge/belay/agent"
 	"github.com/belay-edge/belay/agent/internal/link"
 	"github.com/belay-edge/belay/controlplane/wire"
 	"github.com/belay-edge/belay/plugins/sdk"
@@ -22,6 +23,8 @@ type device struct {
 	sequence    uint64
 	tasks       map[string]*wire.Assignment
 	said        uint64
+	mark        agent.Mark
+	welcomed    bool // by a session of which nothing was told yet
 }
 
 // Held implements agent.Downlink.
@@ -95,6 +98,41 @@ func (d *device) Acked(id string, _ uint64) {
 
 // Connected implements agent.Downlink.
 func (d *device) Connected(up bool) { d.fleet.connected(d, up) }
+
+// Mark implements agent.Witness.
+func (d *device) Mark() agent.Mark {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.mark
+}
+
+// Welcomed implements agent.Witness. A session that takes the place of another
+// is told of as well: the one before may have been dead.
+func (d *device) Welcomed(m agent.Mark, _ bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.mark, d.welcomed = m, true
+}
+
+// Saw implements agent.Witness.
+func (d *device) Saw(m agent.Mark) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if m.Life == d.mark.Life {
+		m.Revision = max(m.Revision, d.mark.Revision)
+	}
+	d.mark = m
+	if d.welcomed {
+		d.welcomed = false
+		d.fleet.moved(d)
+	}
+	return true
+}
+
+// AssignSettled implements agent.Witness.
+func (d *device) AssignSettled(ctx context.Context, incarnation string, set []*wire.Assignment, sequence uint64) error {
+	return d.Assign(ctx, incarnation, true, set, sequence)
+}
 
 // Logs implements agent.Downlink.
 func (d *device) Logs(context.Context, *wire.LogsRequest, func(string, []byte) error) error {

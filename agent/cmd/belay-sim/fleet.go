@@ -194,6 +194,14 @@ func (f *fleet) connected(d *device, up bool) {
 	}
 }
 
+// moved tells of the session that a device has now.
+func (f *fleet) moved(d *device) {
+	up, transport := true, d.link.Status().Transport
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tell(event{Device: d.number, Up: &up, Transport: transport})
+}
+
 // tell writes a line; f.mu is held. Nobody reading is no reason to stop.
 func (f *fleet) tell(e event) {
 	e.At = time.Now().UnixNano()

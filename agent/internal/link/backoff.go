@@ -15,6 +15,7 @@ const (
 	longCap     = 15 * time.Second // later
 	patience    = 2 * time.Minute
 	refusalCap  = time.Minute // also the most a server may ask for
+	busyCap     = 10 * time.Second
 	stable      = 3 * time.Second
 )
 
@@ -62,6 +63,8 @@ func (b *backoff) next(now time.Time, err error) time.Duration {
 		least = min(refusal.RetryAfter, refusalCap)
 	case errors.As(err, &refusal):
 		least = min(refusal.RetryAfter, refusalCap)
+	case errors.Is(err, carrier.ErrBusy):
+		limit = busyCap
 	case errors.Is(err, carrier.ErrWrongPin), errors.Is(err, carrier.ErrNotControlPlane):
 		limit = longCap
 	}

@@ -288,6 +288,6 @@ func (l *Link) dialCarrier(ctx context.Context, transport, address string) (wire
 	l.mu.Unlock()
 	return carrier.Dial(ctx, carrier.DialConfig{
 		Address: address, Transport: transport, Protocol: wire.ProtocolTunnel,
-		Certificate: l.cert, Pins: l.cfg.Pins, Proxy: l.cfg.Proxy, Resolver: resolver,
+		Certificate: l.cert, Pins: l.cfg.Pins, Proxy: l.cfg.Proxy, Resolver: resolver, Answered: answered(ctx),
 	})
 }

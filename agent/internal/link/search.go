@@ -29,11 +29,18 @@ const (
 	// it: packets that were lost are repeated ever more rarely, and what comes
 	// back after a cut is met by new ones.
 	wavePatience = time.Second
+	// answerPatience is how long a wave is waited for in which something has
+	// answered: the link is there, and who is slow, over there or here, is made
+	// no quicker by more of the same work.
+	answerPatience = 5 * time.Second
 	// dialTimeout bounds one try. While one of a way has so long, others of the
 	// same way get freshTimeout: they are there for the link's return, it is
 	// there for a slow link.
 	dialTimeout  = 15 * time.Second
 	freshTimeout = 2500 * time.Millisecond
+	// busyPatience is how long a control plane may be too busy for QUIC before
+	// TCP is tried: a handshake costs it the same there.
+	busyPatience = 15 * time.Second
 	// probeTimeout is for trying QUIC beside a session over TCP.
 	probeTimeout = 3 * time.Second
 	// registerTimeout bounds the answer to Hello, registerPatience too when
@@ -86,6 +93,7 @@ type search struct {
 	patient map[way]bool      // has a try with dialTimeout
 	begun   map[way]time.Time // its latest try
 	latest  map[way]error     // of tries that failed
+	under   map[*underway]bool
 }
 
 // seek starts a search. After says why it is needed; nil: do not wait for
@@ -95,7 +103,7 @@ func (l *Link) seek(ctx context.Context, back *backoff, said *complaints, kind k
 		l: l, back: back, said: said, probe: kind == probing, doubted: kind == doubtful, began: time.Now(),
 		turn: make(chan struct{}, 1), hurry: make(chan struct{}), allowed: make(chan struct{}), kicked: make(chan struct{}, 1),
 		won: make(chan *session, 1), failed: make(chan error, 1), refusal: make(chan error, 1),
-		patient: map[way]bool{}, begun: map[way]time.Time{}, latest: map[way]error{},
+		patient: map[way]bool{}, begun: map[way]time.Time{}, latest: map[way]error{}, under: map[*underway]bool{},
 	}
 	s.allow = sync.OnceFunc(func() { close(s.allowed) })
 	s.ctx, s.cancel = context.WithCancel(ctx)
@@ -206,7 +214,7 @@ func (s *search) watch(w *wave) error {
 			s.kick() // for rest
 			return s.failure(w)
 		case <-t.C:
-			if s.probe || s.held() {
+			if s.probe || s.held() || s.answered() {
 				t.Reset(wavePatience / 10)
 				continue
 			}
@@ -223,6 +231,58 @@ func (s *search) held() bool {
 	default:
 		return true
 	}
+}
+
+// underway is a try that has not ended.
+type underway struct{ answered time.Time } // zero: not yet
+
+// answered tells whether a try is under way that was answered a moment ago.
+func (s *search) answered() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for u := range s.under {
+		if time.Since(u.answered) < answerPatience {
+			return true
+		}
+	}
+	return false
+}
+
+// dial is one try. It has so long to be answered, and dialTimeout then.
+func (s *search) dial(tries context.Context, way way, limit time.Duration) (wire.Session, error) {
+	u := &underway{}
+	s.mu.Lock()
+	s.under[u] = true
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.under, u)
+	}()
+	ctx, cancel := context.WithTimeout(tries, dialTimeout)
+	defer cancel()
+	silence := time.AfterFunc(limit, cancel)
+	defer silence.Stop()
+	conn, err := s.l.cfg.dial(context.WithValue(ctx, answeredKey{}, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if !u.answered.IsZero() || !silence.Stop() {
+			return
+		}
+		u.answered = time.Now()
+	}), way.transport, way.address)
+	if err != nil && ctx.Err() != nil && tries.Err() == nil {
+		err = fmt.Errorf("dial %s over %s: %w in time", way.address, way.transport, carrier.ErrUnreachable)
+	}
+	return conn, err
+}
+
+// answeredKey finds in a dial's context what notes that it was answered.
+type answeredKey struct{}
+
+func answered(ctx context.Context) func() {
+	f, _ := ctx.Value(answeredKey{}).(func())
+	return f
 }
 
 // failure is why there is no session yet.
@@ -256,6 +316,7 @@ type wave struct {
 	quic    int
 	started map[way]bool
 	wrong   map[string]bool // addresses that have another key
+	spared  map[string]bool // addresses that are busy
 }
 
 func (w *wave) asked(way way) bool {
@@ -266,7 +327,7 @@ func (w *wave) asked(way way) bool {
 
 // launch starts the wave of number n.
 func (s *search) launch(ctx context.Context, n int) *wave {
-	w := &wave{done: make(chan struct{}), noQUIC: make(chan struct{}), started: map[way]bool{}, wrong: map[string]bool{}}
+	w := &wave{done: make(chan struct{}), noQUIC: make(chan struct{}), started: map[way]bool{}, wrong: map[string]bool{}, spared: map[string]bool{}}
 	addresses := s.l.candidates(n)
 	transports := []string{s.l.cfg.Transport}
 	switch {
@@ -324,6 +385,9 @@ func (s *search) end(w *wave, way way, err error) {
 	if errors.Is(err, carrier.ErrWrongPin) {
 		w.wrong[way.address] = true
 	}
+	if errors.Is(err, carrier.ErrBusy) && time.Since(s.began) < busyPatience {
+		w.spared[way.address] = true
+	}
 	if w.left--; w.left == 0 {
 		close(w.done)
 	}
@@ -343,9 +407,7 @@ func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Du
 	if limit == 0 {
 		return context.Canceled
 	}
-	dialing, cancel := context.WithTimeout(tries, limit)
-	conn, err := s.l.cfg.dial(dialing, way.transport, way.address)
-	cancel()
+	conn, err := s.dial(tries, way, limit)
 	s.release(way, limit)
 	if err != nil {
 		if tries.Err() != nil {
@@ -361,9 +423,7 @@ func (s *search) callQUIC(ctx, tries context.Context, address string) {
 	over := make(chan struct{})
 	s.work.Go(func() {
 		defer close(over)
-		dialing, cancel := context.WithTimeout(tries, freshTimeout)
-		conn, err := s.l.cfg.dial(dialing, wire.TransportQUIC, address)
-		cancel()
+		conn, err := s.dial(tries, way{wire.TransportQUIC, address}, freshTimeout)
 		if err == nil {
 			// What comes of it, the tries of the wave would tell, too.
 			_ = s.use(ctx, tries, conn, way{wire.TransportQUIC, address})
@@ -428,8 +488,8 @@ func (w *wave) wait(tries context.Context, way way, delay time.Duration) bool {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.started[way] = true
-	return tries.Err() == nil && !w.wrong[way.address]
+	w.started[way] = !w.spared[way.address]
+	return tries.Err() == nil && !w.wrong[way.address] && !w.spared[way.address]
 }
 
 // claim says how long a try of the way may take; 0: one has just begun.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -441,6 +442,71 @@ func TestBlockedMidSessionTCPTakesOverWithinFiveSeconds(t *testing.T) {
 		<-time.After(time.Second)
 		if ups := w.down.read; ups(func(d *downlink) bool { return !slices.Equal(d.ups, []bool{true}) }) {
 			t.Error("the agent was told of a break")
+		}
+	})
+}
+
+// TestWhatAnswersIsWaitedFor: a thousand devices that each begin anew every
+// second keep a control plane from ever finishing with one.
+func TestWhatAnswersIsWaitedFor(t *testing.T) {
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		<-time.After(100 * time.Millisecond)
+		answered(ctx)()
+		return at(transport, 4*time.Second, 0)(ctx, w)
+	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(10 * time.Second)
+		if s := w.l.Status(); s.State != StateConnected {
+			t.Errorf("after 10 s it is %+v", s)
+		}
+		// TCP has its turn, and is not repeated either.
+		if d := w.told(&w.dials); len(d) > 2 {
+			t.Errorf("dialled %d times: %v", len(d), d)
+		}
+	})
+}
+
+// TestAnswersThatLeadNowhereAreNotWaitedForForEver: the link is cut in the
+// middle of a handshake.
+func TestAnswersThatLeadNowhereAreNotWaitedForForEver(t *testing.T) {
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		if time.Since(w.began) < time.Second {
+			answered(ctx)()
+			return silent(ctx)
+		}
+		return comesBack(transport, 30*time.Second, 0, 200, 600, 1400)(ctx, w)
+	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(31 * time.Second)
+		if s := w.l.Status(); s.State != StateConnected {
+			t.Errorf("a second after the link's return: %+v", s)
+		}
+	})
+}
+
+// TestBusy: a control plane that is too busy for QUIC is not asked over TCP as
+// well, unless it is for long, and is asked ever more rarely.
+func TestBusy(t *testing.T) {
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		if transport == wire.TransportTCP {
+			return w.open(transport, 0), nil
+		}
+		return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, carrier.ErrBusy)
+	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(busyPatience - time.Second)
+		dials := w.told(&w.dials)
+		for _, d := range dials {
+			if strings.Contains(d, wire.TransportTCP) {
+				t.Errorf("asked over TCP, too: %s", d)
+			}
+		}
+		if n := len(dials); n < 4 || n > 12 {
+			t.Errorf("asked %d times: %v", n, dials)
+		}
+		<-time.After(busyCap + time.Second)
+		if s := w.l.Status(); s.State != StateConnected || s.Transport != wire.TransportTCP {
+			t.Errorf("busy for long: %+v", s)
 		}
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -411,6 +412,48 @@ func TestStalledHandshakesOfOneSourceTookAllPlaces(t *testing.T) {
 		defer c.Close()
 	}
 	r.pair(t, wire.TransportTCP)
+}
+
+// TestBusy: whoever comes over QUIC while as many handshakes are under way as are
+// done at a time is told so at once, and the places are freed.
+func TestBusy(t *testing.T) {
+	r := newRig(t, func(c *ListenConfig) { c.MaxHandshakes = 20 }) // of one source: 10
+	ctx, cancel := context.WithCancel(t.Context())
+	var stalled sync.WaitGroup
+	defer stalled.Wait()
+	defer cancel()
+	answered := make(chan struct{}, 10)
+	for range 10 {
+		stalled.Go(func() {
+			cfg := r.config(wire.TransportQUIC)
+			// After the server's part, and before this side's.
+			cfg.Answered = func() { answered <- struct{}{}; <-ctx.Done() }
+			if s, err := Dial(ctx, cfg); err == nil {
+				s.Close("", "")
+			}
+		})
+	}
+	for range 10 {
+		select {
+		case <-answered:
+		case <-time.After(10 * time.Second):
+			t.Fatal("a handshake below the limit is not answered")
+		}
+	}
+	begun := time.Now()
+	s, err := Dial(within(t, 5*time.Second), r.config(wire.TransportQUIC))
+	if err == nil {
+		s.Close("", "")
+	}
+	if !errors.Is(err, ErrBusy) || !errors.Is(err, ErrUnreachable) {
+		t.Errorf("one more than the limit: %v, want %v", err, ErrBusy)
+	}
+	if took := time.Since(begun); took > 2*time.Second {
+		t.Errorf("told so after %s", took)
+	}
+	cancel()
+	stalled.Wait()
+	r.pair(t, wire.TransportQUIC)
 }
 
 func TestConnectionCapFreesPlaces(t *testing.T) {

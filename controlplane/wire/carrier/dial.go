@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -28,6 +29,7 @@ type DialConfig struct {
 	Pins        []wire.Pin      // keys of CAs to accept, at least one
 	Proxy       *Proxy          // for TCP; nil: directly
 	Resolver    *Resolver       // nil: one that remembers nothing
+	Answered    func()          // called once when the other side has answered and the handshake goes on; nil: nobody asks
 }
 
 // Dial opens a session. ctx bounds the dialling only. Errors: ErrWrongPin,
@@ -40,6 +42,15 @@ func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
 	conf := clientTLS(cfg.Certificate, cfg.Pins, cfg.Protocol, host)
 	if cfg.Resolver == nil {
 		cfg.Resolver = NewResolver(nil, nil)
+	}
+	if cfg.Answered == nil {
+		cfg.Answered = func() {}
+	}
+	cfg.Answered = sync.OnceFunc(cfg.Answered)
+	verify := conf.VerifyConnection
+	conf.VerifyConnection = func(s tls.ConnectionState) error {
+		cfg.Answered()
+		return verify(s)
 	}
 	var s wire.Session
 	var err error
@@ -68,6 +79,7 @@ func dialTCP(ctx context.Context, cfg DialConfig, conf *tls.Config) (wire.Sessio
 	}
 	var s wire.Session
 	if err == nil {
+		cfg.Answered()
 		s, err = overTLS(ctx, raw, conf)
 	}
 	if err != nil && through != nil {
@@ -231,7 +243,7 @@ func classify(err error) error {
 			return err
 		}
 		if transport.ErrorCode == quic.ConnectionRefused {
-			return fmt.Errorf("%w: the server is busy", ErrUnreachable)
+			return fmt.Errorf("%w: %w", ErrUnreachable, ErrBusy)
 		}
 	}
 	var version *quic.VersionNegotiationError

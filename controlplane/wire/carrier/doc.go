@@ -21,6 +21,9 @@ var (
 	ErrNotControlPlane = errors.New("this is not a Belay control plane")
 	// ErrUnreachable: nothing answered.
 	ErrUnreachable = errors.New("no answer")
+	// ErrBusy, an ErrUnreachable too: it has more handshakes under way than it
+	// takes at once. It is alive, and another way to it would be no quicker.
+	ErrBusy = errors.New("the control plane is busy")
 )
 
 const (

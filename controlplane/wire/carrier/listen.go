@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -29,7 +30,7 @@ type ListenConfig struct {
 	Logger   *slog.Logger
 
 	MaxConns         int           // over both transports each; 0: 20000
-	MaxHandshakes    int           // unfinished at once, TCP; 0: 1024. One source address may have half
+	MaxHandshakes    int           // unfinished at once, over both transports each; 0: see handshakes. One source address may have half
 	HandshakeTimeout time.Duration // 0: 10 s
 }
 
@@ -44,8 +45,9 @@ type Listener struct {
 	tr    *quic.Transport
 	conf  *tls.Config
 	http  *httpListener
-	fresh *Sources // unfinished handshakes over TCP
 	found chan wire.Session
+
+	fresh, freshQUIC *Sources // unfinished handshakes over TCP, QUIC
 
 	stop       context.CancelFunc
 	ctx        context.Context
@@ -54,7 +56,24 @@ type Listener struct {
 	tcpConns   atomic.Int64
 	quicConns  atomic.Int64
 	quicFresh  atomic.Int64 // QUIC, not yet accepted
+
+	shed struct {
+		mu     sync.Mutex
+		n      int // since logged
+		logged time.Time
+	}
 }
+
+// handshakes is how many to work at side by side. One costs this side 2 to 3 ms
+// of a core. A device has 2.5 s for one in which nothing has answered: more at
+// once than that allows, with a lot to spare, and all are given up and begun
+// again, for ever. Too few would be felt where the other side is far away: 128
+// with 300 ms between are 400 a second, what a core can do.
+func handshakes(cpus int) int { return min(max(256, 128*cpus), 1024) }
+
+// unproven is how many unfinished handshakes over QUIC new callers may join
+// without proving their address first: one round trip, no state.
+const unproven = 64
 
 // Listen opens the port and starts accepting.
 func Listen(cfg ListenConfig) (*Listener, error) {
@@ -66,7 +85,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		cfg.MaxConns = 20000
 	}
 	if cfg.MaxHandshakes == 0 {
-		cfg.MaxHandshakes = 1024
+		cfg.MaxHandshakes = handshakes(runtime.GOMAXPROCS(0))
 	}
 	if cfg.HandshakeTimeout == 0 {
 		cfg.HandshakeTimeout = 10 * time.Second
@@ -74,7 +93,8 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	if cfg.API.Certificate == nil {
 		cfg.API = cfg.Tunnel
 	}
-	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
+	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session),
+		fresh: NewSources(max(1, cfg.MaxHandshakes/2)), freshQUIC: NewSources(max(1, cfg.MaxHandshakes/2))}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	if err := l.bind(); err != nil {
 		l.stop()
@@ -83,10 +103,8 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	l.conf = serverTLS(cfg.Tunnel, apiTLS(cfg.API))
 	l.http = newHTTPListener(l.ctx, l.tcp.Addr())
 	l.tr = &quic.Transport{
-		Conn: l.udp,
-		// Above some unfinished handshakes, make new callers prove their
-		// address first: one round trip, no state.
-		VerifySourceAddress: func(net.Addr) bool { return l.quicFresh.Load() > 256 },
+		Conn:                l.udp,
+		VerifySourceAddress: func(net.Addr) bool { return l.quicFresh.Load() >= unproven },
 		ConnContext:         l.admit,
 		// A reset answers only packets above 42 bytes: with this a ping of
 		// the agent is one, with the default of 4 it is not.
@@ -179,20 +197,46 @@ func (l *Listener) deliver(s wire.Session) {
 	}
 }
 
-// admit counts a QUIC connection from its first packet to its end.
-func (l *Listener) admit(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
+// admit counts a QUIC connection from its first packet to its end. Who is
+// refused is told so before anything was computed, see ErrBusy.
+func (l *Listener) admit(ctx context.Context, info *quic.ClientInfo) (context.Context, error) {
+	if l.quicFresh.Add(1) > int64(l.cfg.MaxHandshakes) {
+		l.quicFresh.Add(-1)
+		l.refused()
+		return nil, errors.New("too many handshakes")
+	}
+	source, ok := l.freshQUIC.Take(info.RemoteAddr)
+	if !ok {
+		l.quicFresh.Add(-1)
+		l.refused()
+		return nil, errors.New("too many handshakes from there")
+	}
+	fresh := sync.OnceFunc(func() { source(); l.quicFresh.Add(-1) })
 	if l.quicConns.Add(1) > int64(l.cfg.MaxConns) {
+		fresh()
 		l.quicConns.Add(-1)
 		return nil, errors.New("too many connections")
 	}
-	l.quicFresh.Add(1)
-	fresh := sync.OnceFunc(func() { l.quicFresh.Add(-1) })
 	context.AfterFunc(ctx, func() {
 		fresh()
 		l.quicConns.Add(-1)
 	})
 	return context.WithValue(ctx, freshKey{}, fresh), nil
 }
+
+// refused logs now and then that handshakes were refused.
+func (l *Listener) refused() {
+	l.shed.mu.Lock()
+	defer l.shed.mu.Unlock()
+	l.shed.n++
+	if now := time.Now(); now.Sub(l.shed.logged) >= shedLog {
+		l.log.Warn("more devices connect than handshakes are done at a time: they try again", "refused", l.shed.n, "at a time", l.cfg.MaxHandshakes)
+		l.shed.n, l.shed.logged = 0, now
+	}
+}
+
+// shedLog is how often refused logs.
+const shedLog = 10 * time.Second
 
 // freshKey finds in a connection's context what counts its handshake as done.
 type freshKey struct{}
@@ -236,12 +280,14 @@ func (l *Listener) acceptTCP() {
 		if l.handshakes.Add(1) > int64(l.cfg.MaxHandshakes) || l.tcpConns.Load() >= int64(l.cfg.MaxConns) {
 			l.handshakes.Add(-1)
 			_ = raw.Close()
+			l.refused()
 			continue
 		}
 		done, ok := l.fresh.Take(raw.RemoteAddr())
 		if !ok {
 			l.handshakes.Add(-1)
 			_ = raw.Close()
+			l.refused()
 			continue
 		}
 		l.tcpConns.Add(1)
