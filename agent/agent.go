@@ -159,6 +159,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer unwatch()
 	for ctx.Err() == nil {
 		a.turn(calls, &under)
+		if bug("stuck-loop") && a.cfg.Clock.Now()-a.started > 3*time.Second {
+			select {}
+		}
 		if !a.wait(ctx, pulse) {
 			break
 		}

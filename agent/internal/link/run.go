@@ -94,7 +94,7 @@ func (l *Link) Run(ctx context.Context) error {
 // writes a frame for at most writeTimeout.
 const (
 	keeperDeadline  = 2 * time.Minute
-	clockDeadline   = time.Minute
+	clockDeadline   = 2 * time.Minute
 	assignDeadline  = 3 * time.Minute
 	sessionDeadline = time.Minute
 )

@@ -74,6 +74,10 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
+	if bug("deaf-transport") {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	incarnation, sequence := l.down.Held()
 	l.mu.Lock()
 	hello := &wire.Hello{
@@ -491,6 +495,9 @@ func (s *session) write(ctx context.Context) error {
 		for {
 			busy(true)
 			if len(frames) > 0 {
+				if bug("stuck-reports") && s.heard.Load() > 0 {
+					select {}
+				}
 				last = s.heard.Load()
 				watch.ask(false)
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))

@@ -74,6 +74,7 @@ func (d *Dog) Mind(name string, deadline time.Duration) (busy func(bool), done f
 }
 
 func (d *Dog) add(l *loop) (done func()) {
+	l.deadline = hasten(l.deadline, 6)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.loops = append(d.loops, l)
