@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -127,6 +128,14 @@ func TestStuckAgentIsRestarted(t *testing.T) {
 			// Whatever fails from here on, nothing goes on running.
 			t.Cleanup(func() { _ = os.WriteFile(filepath.Join(s.dir, "keep.go"), nil, 0o644) })
 			v.until(t, s, "a healthy agent to feed systemd's watchdog", "WATCHDOG=1", time.Now(), 3)
+			l := s.says(t, "the agent to be connected", func(l local) bool { return l.Link.Connected })
+			t.Logf("watched: %q", l.Watched)
+			for _, name := range []string{"task loop", "tunnel", "clock", "memory", "network changes", "events of process",
+				"session reader", "session reports", "session assignments", "session requests", "session end"} {
+				if !slices.Contains(l.Watched, name) {
+					t.Errorf("not watched: %s", name)
+				}
+			}
 			halt(t, s.agent)
 
 			plant(t, bug, c.bug)
