@@ -50,6 +50,9 @@ type Config struct {
 	// Watch has a loop watched until done is called: it receives from pulse
 	// whenever it waits, and is stuck when it has not for deadline. Nil: none is.
 	Watch func(name string, deadline time.Duration) (pulse <-chan struct{}, done func())
+	// Mind has a loop watched that waits in calls: it says when it is busy, and
+	// is stuck when one piece of work takes longer than deadline. Nil: none is.
+	Mind func(name string, deadline time.Duration) (busy func(bool), done func())
 }
 
 func (c Config) withDefaults() Config {
@@ -156,6 +159,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer unwatch()
 	for ctx.Err() == nil {
 		a.turn(calls, &under)
+		if bug("stuck-loop") && a.cfg.Clock.Now()-a.started > 3*time.Second {
+			select {}
+		}
 		if !a.wait(ctx, pulse) {
 			break
 		}
@@ -213,6 +219,13 @@ func (a *Agent) watch(name string, deadline time.Duration) (pulse <-chan struct{
 		return nil, func() {}
 	}
 	return a.cfg.Watch(name, deadline)
+}
+
+func (a *Agent) mind(name string, deadline time.Duration) (busy func(bool), done func()) {
+	if a.cfg.Mind == nil {
+		return func(bool) {}, func() {}
+	}
+	return a.cfg.Mind(name, deadline)
 }
 
 // wait blocks until something came in or it is time to look again.

@@ -416,7 +416,7 @@ func (s *State) observe(t *Task, c *Container, seen sdk.Container, now time.Dura
 		if seen.OOMKilled {
 			reason = "OutOfMemoryError: Container killed due to memory usage"
 		}
-		s.exit(c, seen.ExitCode, reason, now)
+		s.exit(c, seen.ExitCode, reason, seen.RanFor, now)
 	}
 }
 
@@ -444,18 +444,24 @@ func (s *State) lost(t *Task, c *Container, now time.Duration) {
 	if c.BootID != s.BootID {
 		reason = reasonRebooted
 	}
-	s.exit(c, nil, reason, now)
+	s.exit(c, nil, reason, 0, now)
 	// A start that was cut short may have made something that is not listed.
 	c.Removed = c.Started
 }
 
-// exit notes that the current attempt has ended.
-func (s *State) exit(c *Container, code *int, reason string, now time.Duration) {
+// exit notes that the current attempt has ended. The runtime knows how long it
+// ran, where that is not 0, even when nobody looked for long after its end. But
+// it may have that from a wall clock that was set meanwhile: it ran for no
+// longer than what this boot has seen of it.
+func (s *State) exit(c *Container, code *int, reason string, ran, now time.Duration) {
 	c.Phase, c.ExitCode, c.Reason, c.PID, c.IP = phaseExited, code, reason, 0, ""
 	c.Removed = false
 	c.Rebooted = code == nil && c.BootID != s.BootID && !bug("reboot-unseen")
 	if c.BootID == s.BootID && c.Started {
 		c.RanFor = max(0, now-c.awakeSince())
+		if ran > 0 {
+			c.RanFor = min(c.RanFor, ran)
+		}
 	}
 	c.retry = retry{}
 	if c.Rebooted || c.RanFor >= steadyRun {

@@ -177,13 +177,24 @@ func (a *Agent) watchRuntimes(ctx context.Context, under *sync.WaitGroup) {
 	})
 }
 
-// watchEvents follows one runtime's events for as long as ctx lasts.
+// watchEvents follows one runtime's events for as long as ctx lasts. Waiting for
+// them may take for ever, as long as the process is there that tells them: its
+// own loop pings it, and kills it if need be, which ends the wait.
 func (a *Agent) watchEvents(ctx context.Context, name string, poke <-chan struct{}) {
+	busy, unwatch := a.mind("events of "+name, watchDeadline)
+	defer unwatch()
 	wait := eventsRetry
 	for ctx.Err() == nil {
+		busy(true)
 		if rt, err := a.cfg.Runtimes.Runtime(name); err == nil {
 			began := a.cfg.Clock.Now()
-			_ = rt.Events(ctx, func(sdk.Attempt) { a.inbox.hint(name) }) // however it broke, List repairs it
+			busy(false)
+			_ = rt.Events(ctx, func(sdk.Attempt) { // however it broke, List repairs it
+				busy(true)
+				a.inbox.hint(name)
+				busy(false)
+			})
+			busy(true)
 			a.inbox.hint(name)
 			if a.cfg.Clock.Now()-began > eventsRetryCap {
 				wait = eventsRetry

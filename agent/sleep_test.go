@@ -75,7 +75,7 @@ func TestSleepIsNotPatience(t *testing.T) {
 				t.Error("unhealthy in its start period")
 			}
 			code := 1
-			s.exit(c, &code, "", 40*time.Second+year)
+			s.exit(c, &code, "", 0, 40*time.Second+year)
 			if c.RanFor != 30*time.Second || c.crashes != 1 {
 				t.Errorf("ran for %s, %d crashes; want 30s awake and a back-off", c.RanFor, c.crashes)
 			}
@@ -118,7 +118,7 @@ func TestJumpingClocksRestartNothing(t *testing.T) {
 			}
 			if flaky.Phase == phaseRunning && rapid.Bool().Draw(t, "crash") {
 				code := 1
-				s.exit(flaky, &code, "", now)
+				s.exit(flaky, &code, "", 0, now)
 				flaky.Removed = true
 				if flaky.RanFor < 0 || flaky.notBefore < now || flaky.notBefore > now+retryCap {
 					t.Fatalf("ran for %s, again at %s, now %s", flaky.RanFor, flaky.notBefore, now)

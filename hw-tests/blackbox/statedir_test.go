@@ -28,6 +28,7 @@ type local struct {
 	}
 	Tasks    map[string]int
 	Problems []string
+	Watched  []string
 }
 
 func (s *site) local() (l local, err error) {

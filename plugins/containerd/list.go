@@ -158,6 +158,7 @@ func (r *Runtime) view(rec containers.Container, proc *tasktypes.Process) (held,
 			code := int(proc.ExitStatus)
 			c.State, c.ExitCode = sdk.StateExited, &code
 			c.OOMKilled = r.marked(rec.ID, "oom") || r.cgroups.oomKills(r.cgroupOf(a.Task)+"/"+leafName(a)) > 0
+			c.RanFor = r.ran(rec.ID, proc)
 		default:
 			return h, fmt.Errorf("its shim says %s: %w", proc.Status, errdefs.ErrUnavailable)
 		}
@@ -177,10 +178,12 @@ func (r *Runtime) marked(id, name string) bool {
 	return err == nil
 }
 
+// mark notes that something has happened, and when by boot time.
 func (r *Runtime) mark(id, name string) error {
 	f, err := os.OpenFile(r.file(id, name), os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
+	_, _ = fmt.Fprintln(f, int64(bootTime())) // where there is no room, that it happened is enough
 	return errors.Join(f.Close())
 }

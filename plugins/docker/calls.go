@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // daemonInfo is what is used of GET /info.
@@ -76,6 +77,20 @@ type inspected struct {
 // started tells whether the program has ever run.
 func (c *inspected) started() bool {
 	return c.State.Running || c.State.StartedAt != "" && !strings.HasPrefix(c.State.StartedAt, "0001-")
+}
+
+// ran is how long the program ran by the daemon's wall clock; 0 when it does not
+// say, or that clock was set back meanwhile.
+func (c *inspected) ran() time.Duration {
+	start, err := time.Parse(time.RFC3339Nano, c.State.StartedAt)
+	if err != nil {
+		return 0
+	}
+	end, err := time.Parse(time.RFC3339Nano, c.State.FinishedAt)
+	if err != nil {
+		return 0
+	}
+	return max(0, end.Sub(start))
 }
 
 func (e *engine) info(ctx context.Context) (*daemonInfo, error) {

@@ -127,6 +127,7 @@ func (r *Runtime) view(c *inspected) (*held, error) {
 	default:
 		code := c.State.ExitCode
 		v.State, v.ExitCode, v.OOMKilled, v.Reason = sdk.StateExited, &code, c.State.OOMKilled, clip(c.State.Error)
+		v.RanFor = c.ran()
 	}
 	return h, nil
 }

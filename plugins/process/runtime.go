@@ -508,6 +508,7 @@ func (r *Runtime) container(a *attempt, o observation) sdk.Container {
 		c.State, c.PID = sdk.StateRunning, o.pid
 	case phaseExited:
 		c.State, c.Reason, c.OOMKilled = sdk.StateExited, o.exit.Reason, o.exit.OOM
+		c.RanFor = time.Duration(max(o.exit.RanFor, 0))
 		if o.exit.Code >= 0 {
 			c.ExitCode = &o.exit.Code
 		}

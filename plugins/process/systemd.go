@@ -273,6 +273,7 @@ type unit struct {
 	status   int
 	result   string
 	reported bool // an exit of the main process is known
+	ran      time.Duration
 }
 
 func (s *systemdSupervisor) unit(ctx context.Context, name string) (unit, error) {
@@ -298,6 +299,10 @@ func (s *systemdSupervisor) unit(ctx context.Context, name string) (unit, error)
 		u.status = int(v)
 	}
 	u.reported = u.code != 0
+	begun, _ := p["ExecMainStartTimestampMonotonic"].(uint64) // microseconds
+	if over, _ := p["ExecMainExitTimestampMonotonic"].(uint64); begun > 0 && over > begun {
+		u.ran = time.Duration(over-begun) * time.Microsecond
+	}
 	return u, nil
 }
 
@@ -334,7 +339,7 @@ func (s *systemdSupervisor) ended(ctx context.Context, a *attempt) (record.Exit,
 	if u.active == "deactivating" {
 		return record.Exit{}, false, nil // stop-post comes next
 	}
-	e := record.Exit{Code: u.status}
+	e := record.Exit{Code: u.status, RanFor: int64(u.ran)}
 	if u.code == cldKilled || u.code == cldDumped {
 		e.Code = 128 + u.status
 		e.Reason = "killed by signal " + strconv.Itoa(u.status)

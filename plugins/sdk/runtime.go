@@ -307,6 +307,10 @@ type Container struct {
 	ImageDigest string
 	Ports       []PortMapping // as bound
 	IP          string        // bridge network: the container's address
+	// RanFor is how long an exited one ran, by whatever the runtime itself
+	// knows; 0: it cannot say. It may have been taken from a wall clock: the
+	// agent believes no more of it than it knows of the time itself.
+	RanFor time.Duration
 }
 
 // Inventory is everything a runtime holds for this agent.

@@ -63,8 +63,10 @@ func (d *device) watchNetwork(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
+	busy, unwatch := d.dog.Mind("network changes", passOn)
+	defer unwatch()
 	for said := false; ; said = true {
-		err := system.WatchNetwork(ctx, func() { d.link.NetworkChanged("addresses or routes have changed") })
+		err := system.WatchNetwork(ctx, func() { d.link.NetworkChanged("addresses or routes have changed") }, busy)
 		if ctx.Err() != nil {
 			return nil
 		}

@@ -34,6 +34,8 @@ import (
 const (
 	loopStop  = 8 * time.Second
 	finalStop = 15 * time.Second
+	// leastEnd is for what comes after the parts, when one was stuck.
+	leastEnd = 5 * time.Second
 )
 
 // forEver stands for "never give up" where a duration is asked for: it can
@@ -128,6 +130,7 @@ func runAgent(ctx context.Context, cfg config.Config, log *slog.Logger) (err err
 		KeepStoppedTasks: cfg.KeepStoppedTasks,
 		ShutdownWait:     loopStop,
 		Watch:            dog.Watch,
+		Mind:             dog.Mind,
 		Images: &agent.ImagePolicy{
 			KeepUnused: time.Duration(cfg.Images.KeepUnused), MinAge: time.Duration(cfg.Images.MinAge),
 			HighPercent: cfg.Images.HighPercent, LowPercent: cfg.Images.LowPercent,
@@ -166,6 +169,7 @@ func newHost(cfg config.Config, dog *watchdog.Dog, log *slog.Logger) (*host.Host
 		LimitGroup: limitGroup(cfg.RunDir),
 		Logger:     log,
 		Watch:      dog.Watch,
+		Mind:       dog.Mind,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: name where the plugins are with --plugin-dir", err)
@@ -226,7 +230,7 @@ func newLink(d *device, clock *system.Clock) (*link.Link, error) {
 		InstanceID: d.id.ID, Key: key, Pins: []wire.Pin{pin}, Addresses: d.id.Addresses, Transport: d.cfg.Transport,
 		AgentVersion: agentVersion(), HashedMachineID: d.facts.MachineID,
 		Capabilities: []string{wire.CapabilityDevices, wire.CapabilityDisconnect, wire.CapabilityReconcile},
-		Facts:        d.told(), Clock: clock, Logger: d.log, Proxy: proxy, Watch: d.dog.Watch,
+		Facts:        d.told(), Clock: clock, Logger: d.log, Proxy: proxy, Watch: d.dog.Watch, Mind: d.dog.Mind,
 		ProbeFirst: time.Duration(d.cfg.Tunnel.ProbeFirst), ProbeMost: time.Duration(d.cfg.Tunnel.ProbeMost),
 		Known: known(d.cfg.StateDir), Resolved: remember(d.cfg.StateDir, d.log),
 		Remember: func(addresses []string) {
@@ -259,7 +263,9 @@ func (d *device) run(ctx context.Context, api *localapi.Server, plugins *host.Ho
 	g.start("facts", d.keepFacts)
 	g.start("local API", api.Run)
 	g.start("memory", func(ctx context.Context) error {
-		pluginhost.GiveBackMemory(ctx)
+		pulse, done := d.dog.Watch("memory", 2*time.Minute)
+		defer done()
+		pluginhost.GiveBackMemoryAsked(ctx, pulse)
 		return nil
 	})
 	g.start("watchdog", func(ctx context.Context) error { return d.beReady(ctx) })
@@ -281,8 +287,13 @@ func (d *device) beReady(ctx context.Context) error {
 	notify(d.log, daemon.SdNotifyReady)
 	d.log.Info("agent is running", "version", agentVersion(), "instance", d.id.ID, "cluster", d.id.Cluster,
 		"pid", os.Getpid(), "board", d.facts.Attributes["belay.board"])
-	return d.dog.Run(ctx, func() {
+	err := d.dog.Run(ctx, func() {
 		notify(d.log, daemon.SdNotifyWatchdog)
 		pluginhost.Worked() // the loops have answered, with pages of code that nothing else needs
 	})
+	if err != nil {
+		// What is stuck may hold up the end in ways that nobody thought of.
+		time.AfterFunc(finalStop+leastEnd, func() { os.Exit(exitFailure) })
+	}
+	return err
 }

@@ -106,6 +106,9 @@ func (p *plugin) followDevices(ctx context.Context) (stop func()) {
 	return func() { cancel(); wg.Wait() }
 }
 
+// devicesDeadline is more than the followers of devices ever pause.
+const devicesDeadline = 3 * time.Minute
+
 // watchDevices reads inventories as fast as they come and leaves the latest
 // where keepDevices finds it: what is not the latest is of no use to anyone.
 func (p *plugin) watchDevices(ctx context.Context, d sdk.Devices, latest chan told) {
@@ -116,10 +119,17 @@ func (p *plugin) watchDevices(ctx context.Context, d sdk.Devices, latest chan to
 		}
 		latest <- t // room for sure: nobody else puts
 	}
+	// The wait for the plugin may take for ever: its process is pinged, and its
+	// end ends the wait.
+	busy, unwatch := p.host.mind("devices of "+p.name, devicesDeadline)
+	defer unwatch()
 	t := p.host.config.Timing
 	for pause := t.WatchRetry; ; pause = min(2*pause, t.MaxBackoff) {
 		begun, last := time.Now(), time.Time{}
+		busy(false)
 		err := d.Watch(ctx, func(devices []sdk.Device) {
+			busy(true)
+			defer busy(false)
 			put(told{devices: devices})
 			if wait := readEvery - time.Since(last); wait > 0 {
 				select {
@@ -129,6 +139,7 @@ func (p *plugin) watchDevices(ctx context.Context, d sdk.Devices, latest chan to
 			}
 			last = time.Now()
 		})
+		busy(true)
 		if ctx.Err() != nil {
 			return
 		}
@@ -150,10 +161,14 @@ func (p *plugin) watchDevices(ctx context.Context, d sdk.Devices, latest chan to
 // keepDevices takes over the first inventory at once and from then on no more
 // than one in every Timing.Inventory.
 func (p *plugin) keepDevices(ctx context.Context, latest <-chan told) {
+	pulse, unwatch := p.host.watch("inventory of "+p.name, devicesDeadline)
+	defer unwatch()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-pulse:
+			continue
 		case t := <-latest:
 			if !p.keep(t) {
 				continue

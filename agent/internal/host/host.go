@@ -51,6 +51,9 @@ type Config struct {
 	// Watch has a loop watched until done is called: it receives from pulse
 	// whenever it waits, and is stuck when it has not for deadline. Nil: none is.
 	Watch func(name string, deadline time.Duration) (pulse <-chan struct{}, done func())
+	// Mind has a loop watched that waits in calls: it says when it is busy, and
+	// is stuck when one piece of work takes longer than deadline. Nil: none is.
+	Mind func(name string, deadline time.Duration) (busy func(bool), done func())
 	// Timing changes how patient the host is; zero fields keep the defaults.
 	Timing Timing
 }
@@ -245,6 +248,13 @@ func (h *Host) watch(name string, deadline time.Duration) (pulse <-chan struct{}
 		return nil, func() {}
 	}
 	return h.config.Watch(name, deadline)
+}
+
+func (h *Host) mind(name string, deadline time.Duration) (busy func(bool), done func()) {
+	if h.config.Mind == nil {
+		return func(bool) {}, func() {}
+	}
+	return h.config.Mind(name, deadline)
 }
 
 // scan adds plugins that are new in the directory and returns them, and has

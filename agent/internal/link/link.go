@@ -45,6 +45,9 @@ type Config struct {
 	// Watch has a loop watched until done is called: it receives from pulse
 	// whenever it waits, and is stuck when it has not for deadline. Nil: none is.
 	Watch func(name string, deadline time.Duration) (pulse <-chan struct{}, done func())
+	// Mind has a loop watched that waits in calls: it says when it is busy, and
+	// is stuck when one piece of work takes longer than deadline. Nil: none is.
+	Mind func(name string, deadline time.Duration) (busy func(bool), done func())
 	// Remember is told the control plane's addresses when they change. May
 	// be nil.
 	Remember func(addresses []string)

@@ -22,9 +22,13 @@ const (
 
 // answerRequests serves the streams that the control plane opens.
 func (s *session) answerRequests(ctx context.Context) error {
+	busy, unwatch := s.link.mind("session requests", sessionDeadline)
+	defer unwatch()
 	places := make(chan struct{}, maxRequests)
 	for {
+		busy(false)
 		stream, err := s.conn.AcceptStream(ctx)
+		busy(true)
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil

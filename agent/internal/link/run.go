@@ -88,17 +88,34 @@ func (l *Link) Run(ctx context.Context) error {
 	return nil
 }
 
-// keeperDeadline is more than the loop waits anywhere: for the parts of a
-// search to end, once they were told to.
-const keeperDeadline = 2 * time.Minute
+// Deadlines of the loops. The keeper waits for the parts of a search to end, once
+// they were told to, and for a session's reports. A session hands assignments
+// to a task loop that may take two minutes, which its end waits for, too, and
+// writes a frame for at most writeTimeout.
+const (
+	keeperDeadline  = 2 * time.Minute
+	clockDeadline   = 2 * time.Minute
+	assignDeadline  = 3 * time.Minute
+	sessionDeadline = time.Minute
+)
+
+func (l *Link) watch(name string, deadline time.Duration) (pulse <-chan struct{}, done func()) {
+	if l.cfg.Watch == nil {
+		return nil, func() {}
+	}
+	return l.cfg.Watch(name, deadline)
+}
+
+func (l *Link) mind(name string, deadline time.Duration) (busy func(bool), done func()) {
+	if l.cfg.Mind == nil {
+		return func(bool) {}, func() {}
+	}
+	return l.cfg.Mind(name, deadline)
+}
 
 func (k *keeper) run(ctx context.Context) {
-	var pulse <-chan struct{}
-	if k.l.cfg.Watch != nil {
-		var done func()
-		pulse, done = k.l.cfg.Watch("tunnel", keeperDeadline)
-		defer done()
-	}
+	pulse, unwatch := k.l.watch("tunnel", keeperDeadline)
+	defer unwatch()
 	k.seek(ctx, nil)
 	for ctx.Err() == nil {
 		var won <-chan *session
@@ -320,7 +337,12 @@ func (l *Link) watchSuspend(ctx context.Context) {
 	if c == nil {
 		return
 	}
+	// It waits by the device's clock alone, so that a clock whose timers fire no
+	// more is stuck with it.
+	busy, unwatch := l.mind("clock", clockDeadline)
+	defer unwatch()
 	for {
+		busy(true)
 		boot, begun := c.Now(), time.Now()
 		select {
 		case <-ctx.Done():

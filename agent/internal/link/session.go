@@ -74,6 +74,10 @@ func (l *Link) hello(ctx context.Context, conn wire.Session) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
+	if bug("deaf-transport") {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	incarnation, sequence := l.down.Held()
 	l.mu.Lock()
 	hello := &wire.Hello{
@@ -220,6 +224,8 @@ func (s *session) serve(all *sync.WaitGroup) error {
 	if bug("leaked-goroutine") {
 		go func() { select {} }()
 	}
+	// A session's end is work; before that there is none here.
+	ending, unwatch := l.mind("session end", assignDeadline)
 	run(&living, s.life, func(context.Context) error { return s.read() })
 	run(&living, s.life, s.answerRequests)
 	run(&reporting, s.active, s.write)
@@ -229,6 +235,7 @@ func (s *session) serve(all *sync.WaitGroup) error {
 	case <-s.conn.Done():
 		s.cancel(fmt.Errorf("the session broke: %w", s.conn.Err()))
 	}
+	ending(true)
 	cause := context.Cause(s.active)
 	if !errors.Is(cause, errRetired) {
 		cause = ended(s.conn, cause)
@@ -244,9 +251,11 @@ func (s *session) serve(all *sync.WaitGroup) error {
 			s.part()
 			s.hangUp(cause)
 			living.Wait()
+			unwatch()
 		})
 	} else {
 		living.Wait()
+		unwatch()
 	}
 	l.log.Info("disconnected", "reason", cause, "transport", s.conn.Transport())
 	return cause
@@ -321,9 +330,14 @@ func (s *session) rememberAddresses() {
 // read takes what the control plane says. After the end of active, when another
 // session has taken over, only acknowledgements count.
 func (s *session) read() error {
+	busy, unwatch := s.link.mind("session reader", assignDeadline)
+	defer unwatch()
 	pending := set{}
 	for {
+		// For how long nothing may come, the carrier and the writer know.
+		busy(false)
 		f, err := wire.ReadFrame(s.control)
+		busy(true)
 		if err != nil {
 			return ended(s.conn, err)
 		}
@@ -373,6 +387,8 @@ func (s *session) read() error {
 // tried again here, together with what came since: a new session for each try
 // would cost a handshake and bring the same set.
 func (s *session) apply(ctx context.Context) error {
+	pulse, unwatch := s.link.watch("session assignments", assignDeadline)
+	defer unwatch()
 	var todo *set
 	var retry <-chan time.Time
 	wait := applyRetry
@@ -380,6 +396,8 @@ func (s *session) apply(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pulse:
+			continue
 		case next := <-s.sets:
 			if todo = todo.and(next); len(todo.assignments) > maxSet {
 				return errors.New("take over assignments: too many wait for a disk that cannot be written")
@@ -432,12 +450,16 @@ func (s *session) write(ctx context.Context) error {
 	}
 	watch := newVigil(s)
 	defer watch.timer.Stop()
+	// Minded and not asked: each frame that a slow link took is a turn.
+	busy, unwatch := s.link.mind("session reports", sessionDeadline)
+	defer unwatch()
 	defer func() {
 		if timer != nil {
 			timer.Stop()
 		}
 	}()
 	ask := func() error {
+		busy(true)
 		watch.ask(true)
 		pings++
 		_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
@@ -471,7 +493,11 @@ func (s *session) write(ctx context.Context) error {
 	for {
 		frames := s.news()
 		for {
+			busy(true)
 			if len(frames) > 0 {
+				if bug("stuck-reports") && s.heard.Load() > 0 {
+					select {}
+				}
 				last = s.heard.Load()
 				watch.ask(false)
 				_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
@@ -486,11 +512,13 @@ func (s *session) write(ctx context.Context) error {
 				break
 			}
 		}
+		busy(false)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-s.link.wake:
 		case id := <-s.pongs:
+			busy(true)
 			_ = s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 			if err := wire.WriteFrame(s.control, &wire.Frame{Body: &wire.Frame_Pong{Pong: &wire.Pong{Id: id}}}); err != nil {
 				return ended(s.conn, err)

@@ -20,7 +20,7 @@ type Status struct {
 	Attributes map[string]string `json:"attributes"`
 	CPU        uint64            `json:"cpu"` // offered to tasks, 1024 a CPU
 	MemoryMiB  uint64            `json:"memoryMiB"`
-	// Watched are the loops that the watchdog asks whether they turn.
+	// Watched are the loops that the watchdog looks at, by name.
 	Watched []string `json:"watched"`
 	// Images are those of each runtime that keeps an account of them.
 	Images map[string]Images `json:"images,omitempty"`

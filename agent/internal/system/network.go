@@ -26,8 +26,12 @@ const (
 // WatchNetwork calls changed whenever this device's own addresses, or its
 // routes to elsewhere, are others than before: what a link to the outside could
 // depend on. What containers' interfaces do does not count, nor that a lease or
-// a router's announcement was renewed. It returns nil when ctx ends.
-func WatchNetwork(ctx context.Context, changed func()) error {
+// a router's announcement was renewed. Busy says
+// whether it looks at something; waiting for the kernel may take for ever. It
+// returns nil when ctx ends.
+func WatchNetwork(ctx context.Context, changed func(), busy func(bool)) error {
+	busy(true)
+	defer busy(false)
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("watch addresses and routes: open a netlink socket: %w", err)
@@ -45,6 +49,7 @@ func WatchNetwork(ctx context.Context, changed func()) error {
 		return err
 	}
 	for b := make([]byte, 64<<10); ; {
+		busy(false)
 		// Only that something happened counts; what it is, a dump tells, even
 		// when so much happened that messages were dropped.
 		if _, err := sock.Read(b); err != nil && !errors.Is(err, unix.ENOBUFS) {
@@ -53,6 +58,7 @@ func WatchNetwork(ctx context.Context, changed func()) error {
 			}
 			return fmt.Errorf("watch addresses and routes: %w", err)
 		}
+		busy(true)
 		if !pause(ctx, networkSettle) {
 			return nil
 		}

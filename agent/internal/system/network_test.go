@@ -35,7 +35,7 @@ func watched(t *testing.T) (run func(command string), changed <-chan struct{}) {
 			return
 		}
 		space <- fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid())
-		done <- WatchNetwork(ctx, func() { calls <- struct{}{} })
+		done <- WatchNetwork(ctx, func() { calls <- struct{}{} }, func(bool) {})
 	}()
 	path := <-space
 	t.Cleanup(func() {

@@ -30,10 +30,10 @@ type Reach struct {
 // its control plane has had no session for EndAfter.
 func (r Reach) Run(ctx context.Context, pulse <-chan struct{}) error {
 	if r.RebuildAfter <= 0 {
-		r.RebuildAfter = 10 * time.Minute
+		r.RebuildAfter = hasten(10*time.Minute, 120)
 	}
 	if r.EndAfter <= 0 {
-		r.EndAfter = time.Hour
+		r.EndAfter = hasten(time.Hour, 120)
 	}
 	if r.Logger == nil {
 		r.Logger = slog.New(slog.DiscardHandler)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -35,7 +36,9 @@ type Dog struct {
 type loop struct {
 	name     string
 	deadline time.Duration
-	asked    chan struct{} // cap 1
+	asked    chan struct{} // cap 1; nil: it is minded
+	work     atomic.Uint64 // of one that is minded; odd: it is at work
+	seen     uint64        // of work, at the last question
 	missed   int           // questions not answered, one after the other
 	said     bool
 }
@@ -56,14 +59,56 @@ func New(log *slog.Logger, every time.Duration) *Dog {
 // deadline.
 func (d *Dog) Watch(name string, deadline time.Duration) (pulse <-chan struct{}, done func()) {
 	l := &loop{name: name, deadline: deadline, asked: make(chan struct{}, 1)}
+	return l.asked, d.add(l)
+}
+
+// Mind adds a loop that cannot be asked, because what it waits for is a call
+// that may rightly take for ever, such as a read from the network. Instead it
+// says when it has something to do, and is stuck once that takes longer than
+// deadline without another word of it. Waiting, it is not looked at: that what
+// it waits for still comes is for somebody else to notice. Busy is for one
+// goroutine at a time, or for one after another.
+func (d *Dog) Mind(name string, deadline time.Duration) (busy func(bool), done func()) {
+	l := &loop{name: name, deadline: deadline}
+	return l.busy, d.add(l)
+}
+
+func (d *Dog) add(l *loop) (done func()) {
+	l.deadline = hasten(l.deadline, 6)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.loops = append(d.loops, l)
-	return l.asked, func() {
+	return func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		d.loops = slices.DeleteFunc(d.loops, func(o *loop) bool { return o == l })
 	}
+}
+
+// busy counts on: to be at work again is another piece of work.
+func (l *loop) busy(at bool) {
+	n := l.work.Load() + 1
+	if (n%2 == 1) != at {
+		n++
+	}
+	l.work.Store(n)
+}
+
+// turns tells whether the loop has turned since the last question, and asks
+// the next.
+func (l *loop) turns() bool {
+	if l.asked != nil {
+		select {
+		case l.asked <- struct{}{}:
+			return true
+		default:
+			return false
+		}
+	}
+	now := l.work.Load()
+	turned := now%2 == 0 || now != l.seen
+	l.seen = now
+	return turned
 }
 
 // Loops names those that are watched, sorted.
@@ -102,14 +147,12 @@ func (d *Dog) ask() (stuck []string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, l := range d.loops {
-		select {
-		case l.asked <- struct{}{}:
+		if l.turns() {
 			if l.said {
 				d.log.Info("a loop turns again", "loop", l.name)
 			}
 			l.missed, l.said = 0, false
 			continue
-		default:
 		}
 		l.missed++
 		silent := time.Duration(l.missed) * d.every

@@ -134,3 +134,52 @@ func TestReachCountsFromTheFirstAnswer(t *testing.T) {
 		}
 	})
 }
+
+// A loop that waits in calls is looked at only while it has something to do.
+func TestMindedLoop(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		lives func(busy func(bool))
+		want  string
+	}{
+		{"waits for ever", func(busy func(bool)) { busy(true); busy(false) }, ""},
+		{"was never busy", func(func(bool)) {}, ""},
+		{"works for less than its deadline", func(busy func(bool)) {
+			for range 10 {
+				busy(true)
+				time.Sleep(50 * time.Second)
+				busy(false)
+				time.Sleep(time.Millisecond)
+			}
+		}, ""},
+		{"has one thing to do after the other", func(busy func(bool)) {
+			for range 60 {
+				busy(true)
+				time.Sleep(25 * time.Second)
+			}
+			busy(false)
+		}, ""},
+		{"never ends what it does", func(busy func(bool)) { time.Sleep(10 * time.Minute); busy(true) }, "reader has not turned for 1m0s"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute)
+				defer cancel()
+				d := New(nil, 20*time.Second)
+				busy, done := d.Mind("reader", time.Minute)
+				defer done()
+				go c.lives(busy)
+				began := time.Now()
+				err := d.Run(ctx, func() {})
+				switch took := time.Since(began); {
+				case c.want == "" && err != nil:
+					t.Fatalf("after %s: %v", took, err)
+				case c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)):
+					t.Errorf("error %v, want %q", err, c.want)
+				case c.want != "" && took > 12*time.Minute:
+					t.Errorf("seen after %s", took)
+				}
+			})
+		})
+	}
+}

@@ -49,6 +49,34 @@ func testExitCodes(t T, r *rig) {
 	}
 }
 
+// testRanFor: how long a container ran need not be known. Known, it is the time
+// of the container, not that of the call that asks.
+func testRanFor(t T, r *rig) {
+	begun := time.Now()
+	req, c := r.start(t, "sleep 1; exit 3")
+	if c.RanFor != 0 {
+		t.Errorf("Start returned one that runs and says it ran for %s", c.RanFor)
+	}
+	ended := r.exit(t, req.Attempt)
+	checkExit(t, "List", ended, 3)
+	most := time.Since(begun) + 100*time.Millisecond // clocks are read at different moments
+	if ended.RanFor == 0 {
+		t.Logf("it does not say how long a container ran")
+		return
+	}
+	if least := 900 * time.Millisecond; ended.RanFor < least || ended.RanFor > most {
+		t.Errorf("it ran for %s, want what it did: %s to %s", ended.RanFor, least, most)
+	}
+	other := sdk.Attempt{Task: req.Attempt.Task, Container: "other", Number: 1}
+	if _, err := r.runtime.Start(r.ctx(t), r.request(t, other, r.spec("exit 0"))); err != nil {
+		t.Fatalf("Start of another container: %v", err)
+	}
+	r.exit(t, other) // some time later
+	if later := r.exit(t, req.Attempt); later.RanFor != ended.RanFor {
+		t.Errorf("it ran for %s, and asked again for %s", ended.RanFor, later.RanFor)
+	}
+}
+
 func testStartResult(t T, r *rig) {
 	req, c := r.start(t, stay)
 	if c.Attempt != req.Attempt || c.State != sdk.StateRunning || c.RuntimeID == "" || c.PID <= 1 || c.ExitCode != nil {

@@ -31,6 +31,7 @@ type Memory struct {
 type memoryContainer struct {
 	sdk.Container
 	ignoresTerm bool
+	begun       time.Time
 	exited      chan struct{}
 }
 
@@ -91,7 +92,7 @@ func (m *Memory) IgnoreTerm(a sdk.Attempt) {
 }
 
 func (m *Memory) exit(c *memoryContainer, code int) {
-	c.State, c.PID, c.ExitCode = sdk.StateExited, 0, &code
+	c.State, c.PID, c.ExitCode, c.RanFor = sdk.StateExited, 0, &code, max(time.Since(c.begun), 1)
 	close(c.exited)
 	m.hint(c.Attempt)
 }
@@ -235,7 +236,7 @@ func (m *Memory) Start(ctx context.Context, r sdk.StartRequest) (sdk.Container, 
 	}
 	m.nextPID++
 	m.started[r.Attempt]++
-	c := &memoryContainer{exited: make(chan struct{}), Container: sdk.Container{
+	c := &memoryContainer{begun: time.Now(), exited: make(chan struct{}), Container: sdk.Container{
 		Attempt: r.Attempt, RuntimeID: "memory-" + r.Attempt.String(), State: sdk.StateRunning, PID: m.nextPID,
 		ImageDigest: r.Spec.Digest, Ports: r.Spec.Ports,
 	}}

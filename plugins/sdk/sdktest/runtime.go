@@ -68,6 +68,7 @@ func runtimeSuite(t T, o RuntimeOptions) suite {
 		{ruleHostDies, inRuntime(testHostDies)},
 		{"info is complete and constant", testInfo},
 		{"a container starts, exits and reports its exit code", testExitCodes},
+		{"a container that has exited ran no longer than it did", testRanFor},
 		{"start returns what it made", testStartResult},
 		{"start adopts a running attempt", testStartAdoptsRunning},
 		{"start adopts an exited attempt", testStartAdoptsExited},

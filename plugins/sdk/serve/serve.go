@@ -70,7 +70,7 @@ func run(p sdk.Plugin, stdout, stderr *os.File) int {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	go watchParent(stop)
-	go idle.Run(ctx)
+	go idle.Run(ctx, nil)
 
 	// The host reads one line from stdout. What the plugin or a library of
 	// its prints there later goes where logs go.

@@ -64,6 +64,7 @@ func supervise(dir string) int {
 	}
 	_, _, _ = syscall.RawSyscall(syscall.SYS_PRCTL, prSetChildSubreaper, 1, 0)
 
+	begun := awake()
 	// The stage dies with us until it has recorded itself: nobody would find
 	// it, and the next Start would make a second one.
 	pid, err := syscall.ForkExec("/proc/self/exe", []string{"belay-supervise", "stage", dir}, &syscall.ProcAttr{
@@ -76,6 +77,7 @@ func supervise(dir string) int {
 	raw, fields = nil, keep(fields, record.Kill, record.OOM)
 	status := waitFor(pid)
 	e := exitOf(status, fields)
+	e.RanFor = awake() - begun
 	recorded := writeExit(dir, e)
 	killLeftovers(fields)
 	// On a full disk, space may come back: until then the attempt counts as
@@ -103,6 +105,15 @@ func smallPages() {
 	if _, _, e := syscall.RawSyscall6(syscall.SYS_PRCTL, prSetTHPDisable, 1, 0, 0, 0, 0); e == 0 {
 		_ = syscall.Exec("/proc/self/exe", arguments(), leanRuntime)
 	}
+}
+
+// awake is the time on a clock that nobody sets, in nanoseconds. What the device
+// sleeps does not count.
+func awake() int64 {
+	const clockMonotonic = 1
+	var ts syscall.Timespec
+	_, _, _ = syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&ts)), 0)
+	return ts.Nano()
 }
 
 func keep(fields []record.Field, keys ...string) []record.Field {

@@ -106,6 +106,7 @@ type Exit struct {
 	Code   int
 	OOM    bool
 	Reason string // one line
+	RanFor int64  // nanoseconds; 0: not known
 }
 
 // Encode is the file's content.
@@ -113,6 +114,9 @@ func (e Exit) Encode() []byte {
 	s := "code=" + strconv.Itoa(e.Code) + "\n"
 	if e.OOM {
 		s += "oom=1\n"
+	}
+	if e.RanFor > 0 {
+		s += "ran=" + strconv.FormatInt(e.RanFor, 10) + "\n"
 	}
 	return []byte(s + "reason=" + strings.ReplaceAll(e.Reason, "\n", " ") + "\n")
 }
@@ -123,6 +127,7 @@ func DecodeExit(b []byte) (e Exit, ok bool) {
 	e.Code, err = strconv.Atoi(lineValue(b, "code"))
 	e.OOM = lineValue(b, "oom") == "1"
 	e.Reason = lineValue(b, "reason")
+	e.RanFor, _ = strconv.ParseInt(lineValue(b, "ran"), 10, 64) // earlier versions wrote none
 	return e, err == nil && strings.HasSuffix(string(b), "\n")
 }
 

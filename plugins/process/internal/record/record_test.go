@@ -33,7 +33,7 @@ func TestLaunchRoundTrip(t *testing.T) {
 }
 
 func TestExitAndStartedRoundTrip(t *testing.T) {
-	for _, e := range []Exit{{}, {Code: 255}, {Code: -1, Reason: "nobody saw it"}, {Code: 137, OOM: true, Reason: "a=b"}} {
+	for _, e := range []Exit{{}, {Code: 255}, {Code: -1, Reason: "nobody saw it"}, {Code: 137, OOM: true, Reason: "a=b"}, {Code: 1, RanFor: 1500}} {
 		if got, ok := DecodeExit(e.Encode()); !ok || got != e {
 			t.Errorf("got %+v, %t, want %+v", got, ok, e)
 		}

@@ -99,7 +99,7 @@ func ToContainer(c sdk.Container) *pluginpb.Container {
 	p := &pluginpb.Container{
 		Attempt: ToAttempt(c.Attempt), RuntimeId: text(c.RuntimeID), State: text(string(c.State)), Pid: u32(c.PID),
 		Reason: text(c.Reason), OomKilled: c.OOMKilled, ImageDigest: text(c.ImageDigest),
-		Ports: mapSlice(c.Ports, toPort), Ip: text(c.IP),
+		Ports: mapSlice(c.Ports, toPort), Ip: text(c.IP), RanForNs: int64(c.RanFor),
 	}
 	if c.ExitCode != nil {
 		code := i32(*c.ExitCode)
@@ -113,7 +113,7 @@ func FromContainer(p *pluginpb.Container) sdk.Container {
 	c := sdk.Container{
 		Attempt: FromAttempt(p.GetAttempt()), RuntimeID: p.GetRuntimeId(), State: sdk.State(p.GetState()), PID: integer(p.GetPid()),
 		Reason: p.GetReason(), OOMKilled: p.GetOomKilled(), ImageDigest: p.GetImageDigest(),
-		Ports: mapSlice(p.GetPorts(), fromPort), IP: p.GetIp(),
+		Ports: mapSlice(p.GetPorts(), fromPort), IP: p.GetIp(), RanFor: time.Duration(p.GetRanForNs()),
 	}
 	if p != nil && p.ExitCode != nil {
 		code := int(*p.ExitCode)

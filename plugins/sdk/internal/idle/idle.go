@@ -53,7 +53,8 @@ func Worked() {
 }
 
 // Run gives memory back each time the process has gone quiet, until ctx ends.
-func Run(ctx context.Context) {
+// It receives from pulse whenever it waits.
+func Run(ctx context.Context, pulse <-chan struct{}) {
 	next := time.NewTimer(interval)
 	defer next.Stop()
 	t, w := newTrimmer(), watch{}
@@ -61,6 +62,8 @@ func Run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-pulse:
+			continue
 		case <-worked:
 			next.Reset(settle)
 			continue
