@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/quic-go/quic-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/belay-edge/belay/controlplane/wire"
 )
@@ -47,15 +48,15 @@ type Listener struct {
 	http  *httpListener
 	found chan wire.Session
 
-	fresh, freshQUIC *Sources // unfinished handshakes over TCP, QUIC
+	places *places  // of handshakes over TCP
+	fresh  *Sources // unfinished handshakes over QUIC
 
-	stop       context.CancelFunc
-	ctx        context.Context
-	loops      sync.WaitGroup
-	handshakes atomic.Int64 // TCP, unfinished
-	tcpConns   atomic.Int64
-	quicConns  atomic.Int64
-	quicFresh  atomic.Int64 // QUIC, not yet accepted
+	stop      context.CancelFunc
+	ctx       context.Context
+	loops     sync.WaitGroup
+	tcpConns  atomic.Int64
+	quicConns atomic.Int64
+	quicFresh atomic.Int64 // QUIC, not yet accepted
 
 	shed struct {
 		mu     sync.Mutex
@@ -94,7 +95,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		cfg.API = cfg.Tunnel
 	}
 	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session),
-		fresh: NewSources(max(1, cfg.MaxHandshakes/2)), freshQUIC: NewSources(max(1, cfg.MaxHandshakes/2))}
+		places: newPlaces(cfg.MaxHandshakes), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	if err := l.bind(); err != nil {
 		l.stop()
@@ -205,7 +206,7 @@ func (l *Listener) admit(ctx context.Context, info *quic.ClientInfo) (context.Co
 		l.refused()
 		return nil, errors.New("too many handshakes")
 	}
-	source, ok := l.freshQUIC.Take(info.RemoteAddr)
+	source, ok := l.fresh.Take(info.RemoteAddr)
 	if !ok {
 		l.quicFresh.Add(-1)
 		l.refused()
@@ -230,7 +231,7 @@ func (l *Listener) refused() {
 	defer l.shed.mu.Unlock()
 	l.shed.n++
 	if now := time.Now(); now.Sub(l.shed.logged) >= shedLog {
-		l.log.Warn("more devices connect than handshakes are done at a time: they try again", "refused", l.shed.n, "at a time", l.cfg.MaxHandshakes)
+		l.log.Warn("more devices connect than handshakes are done in time: they try again", "refused", l.shed.n, "at a time", l.cfg.MaxHandshakes)
 		l.shed.n, l.shed.logged = 0, now
 	}
 }
@@ -277,32 +278,35 @@ func (l *Listener) acceptTCP() {
 			}
 			continue
 		}
-		if l.handshakes.Add(1) > int64(l.cfg.MaxHandshakes) || l.tcpConns.Load() >= int64(l.cfg.MaxConns) {
-			l.handshakes.Add(-1)
-			_ = raw.Close()
-			l.refused()
-			continue
-		}
-		done, ok := l.fresh.Take(raw.RemoteAddr())
-		if !ok {
-			l.handshakes.Add(-1)
+		if l.tcpConns.Load() >= int64(l.cfg.MaxConns) {
 			_ = raw.Close()
 			l.refused()
 			continue
 		}
 		l.tcpConns.Add(1)
 		counted := &countedConn{Conn: raw, free: sync.OnceFunc(func() { l.tcpConns.Add(-1) })}
-		l.loops.Go(func() { l.greet(counted, done) })
+		l.loops.Go(func() { l.greet(counted) })
 	}
 }
 
-// greet does the handshake of one connection and sends it where it belongs.
-func (l *Listener) greet(raw *countedConn, done func()) {
+// greet does the handshake of one connection, in its turn, and sends it where
+// it belongs.
+func (l *Listener) greet(raw *countedConn) {
+	waiting, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
+	done := l.places.take(waiting, raw.RemoteAddr())
+	cancel()
+	if done == nil || hungUp(raw.Conn) {
+		if done != nil {
+			done()
+		}
+		_ = raw.Close()
+		l.refused()
+		return
+	}
 	conn := tls.Server(raw, l.conf)
 	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
 	err := conn.HandshakeContext(ctx)
 	cancel()
-	l.handshakes.Add(-1)
 	done()
 	if err != nil {
 		l.log.Debug("TLS handshake", "peer", raw.RemoteAddr(), "err", err)
@@ -325,6 +329,28 @@ func (l *Listener) greet(raw *countedConn, done func()) {
 		l.http.deliver(conn)
 	}
 }
+
+// hungUp tells whether the other side has closed a connection, whatever it may
+// have sent before: then the handshake is for nobody.
+func hungUp(c net.Conn) bool {
+	s, ok := c.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return false
+	}
+	gone := false
+	_ = raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		gone = err == nil && info.State != established
+	})
+	return gone
+}
+
+// established is TCP_ESTABLISHED of the kernel's net/tcp_states.h.
+const established = 1
 
 // countedConn gives its place back when it is closed.
 type countedConn struct {

@@ -19,7 +19,9 @@ const cancelled = 1
 
 func quicConfig(client bool) *quic.Config {
 	c := &quic.Config{
-		HandshakeIdleTimeout:       10 * time.Second,
+		// A device that gives a handshake up does not say so, and it keeps its
+		// place among them until then.
+		HandshakeIdleTimeout:       5 * time.Second,
 		MaxIdleTimeout:             wire.Idle,
 		MaxIncomingStreams:         serverStreams,
 		MaxIncomingUniStreams:      -1,
@@ -27,6 +29,7 @@ func quicConfig(client bool) *quic.Config {
 		MaxConnectionReceiveWindow: 12 << 20,
 	}
 	if client {
+		c.HandshakeIdleTimeout = 10 * time.Second
 		c.KeepAlivePeriod = wire.KeepAlive
 		c.MaxIncomingStreams = agentStreams
 	}
