@@ -25,6 +25,7 @@ import (
 
 	"github.com/belay-edge/belay/controlplane/wire/carrier"
 	"github.com/belay-edge/belay/hw-tests/rig"
+	"github.com/belay-edge/belay/images"
 )
 
 // container is one container definition of a test's task definition.
@@ -58,16 +59,16 @@ func newSite(t *testing.T, bin rig.Binaries) *site {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	s := &site{bin: bin, dir: dir, plugins: filepath.Join(dir, "plugins")}
-	if err := os.Mkdir(s.plugins, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range []string{"belay-plugins", "belay-supervise"} {
-		if err := os.Symlink(bin.Path(p), filepath.Join(dir, p)); err != nil {
+	for link, to := range map[string]string{
+		"belay-plugins": "belay-plugins", "belay-supervise": "belay-supervise",
+		"plugins/process": "belay-plugins", "containing/process": "belay-plugins", "containing/containerd": "belay-plugins",
+	} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, link)), 0o755); err != nil {
 			t.Fatal(err)
 		}
-	}
-	if err := os.Symlink(bin.Path("belay-plugins"), filepath.Join(s.plugins, "process")); err != nil {
-		t.Fatal(err)
+		if err := os.Symlink(bin.Path(to), filepath.Join(dir, link)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if s.control, err = rig.StartControl(deadline(t, patience()), bin, filepath.Join(dir, "c")); err != nil {
 		t.Fatal(err)
@@ -149,6 +150,32 @@ func (s *site) with(t *testing.T, name, code string, extra ...string) *device {
 	}
 	a.PluginDir, a.Extra = s.plugins, extra
 	return &device{Agent: a, name: name}
+}
+
+// contain gives a device a containerd of its own, and returns the address of a
+// registry with a shell for it.
+func (s *site) contain(t *testing.T, d *device) string {
+	t.Helper()
+	ctx := deadline(t, 2*patience())
+	c, err := rig.StartContainerd(ctx, filepath.Join(s.dir, "ctd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	registry, err := rig.StartRegistry(ctx, filepath.Join(s.dir, "registry"), rig.RegistryOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = registry.Close() })
+	if _, err := images.Push(ctx, images.Target{Registry: registry.Address, PlainHTTP: true}, images.Options{}, images.Shell); err != nil {
+		t.Fatal(err)
+	}
+	d.PluginDir, d.ContainerdAddress = filepath.Join(s.dir, "containing"), c.Address
+	return registry.Address
 }
 
 // start runs a device until the test ends.
@@ -246,8 +273,10 @@ func (s *site) run(t *testing.T, on *device, family string, belay map[string]any
 	if belay == nil {
 		belay = map[string]any{}
 	}
-	belay["runtime"] = "process"
-	doc, err := json.Marshal(map[string]any{"family": family, "belay": belay, "containerDefinitions": defs})
+	if belay["runtime"] == nil {
+		belay["runtime"] = "process"
+	}
+	doc, err := json.Marshal(map[string]any{"family": family, "belay": belay, "networkMode": "host", "containerDefinitions": defs})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +328,7 @@ func (s *site) stop(t *testing.T, id string) {
 func stopped(t rig.Task) bool { return t.LastStatus == "STOPPED" }
 
 // watch looks at everything for a while: sessions last, what runs runs on.
-func (s *site) watch(t *testing.T, stage string, constant []rig.Task, healthy string) {
+func (s *site) watch(t *testing.T, stage string, constant []rig.Task) {
 	t.Helper()
 	lost, looks := map[string]time.Time{}, 0
 	for began := time.Now(); time.Since(began) < watched; looks++ {
@@ -321,7 +350,7 @@ func (s *site) watch(t *testing.T, stage string, constant []rig.Task, healthy st
 			if now.LastStatus != "RUNNING" || a.PID != b.PID || a.Attempt != b.Attempt || syscall.Kill(a.PID, 0) != nil {
 				t.Errorf("%s: %+v, it was %+v", stage, now, was)
 			}
-			if was.ID == healthy && now.HealthStatus != "HEALTHY" {
+			if was.HealthStatus == "HEALTHY" && now.HealthStatus != "HEALTHY" {
 				t.Errorf("%s: it was healthy, it is %+v", stage, now)
 			}
 			inOrder(t, stage, s.raw(t, "task", "describe", was.ID, "-o", "json"))
@@ -351,7 +380,7 @@ func (s *site) ends(t *testing.T, id, what string, asked, grace time.Duration) {
 	end := s.await(t, id, "the task to end that was "+what, stopped)
 	took := uptime() - asked
 	t.Logf("%s with stopTimeout %s: it took %s", what, grace, took.Round(100*time.Millisecond))
-	if c := end.Container("c"); took < grace || took > grace+slack || c.ExitCode == nil || *c.ExitCode != 137 || end.StopCode != "UserInitiated" {
+	if c := end.Container("c"); took < grace || took > grace+slack() || c.ExitCode == nil || *c.ExitCode != 137 || end.StopCode != "UserInitiated" {
 		t.Errorf("%s: it took %s of %s and ended as %+v", what, took, grace, end)
 	}
 	inOrder(t, what, s.raw(t, "task", "describe", id, "-o", "json"))
