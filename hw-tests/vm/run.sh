@@ -1,8 +1,9 @@
 #!/bin/sh
 # Boots a Debian 12 of its own under qemu, with systemd and cgroup v2, and runs
-# guest.sh in it: what cannot be seen on a host with cgroup v1 or without
-# systemd. The CPUs are emulated: expect minutes. The console goes
-# to the file named at the start, what the tests print to stdout.
+# guest.sh in it: what cannot be seen on a host with cgroup v1, without
+# systemd, or whose clock others need. The CPUs are emulated: expect minutes.
+# The console goes to the file named at the start, what the tests print to
+# stdout.
 # BELAY_TEST_KVM=1 uses KVM instead.
 #
 #   hw-tests/vm/run.sh [SUITE]...      clock, containerd, host, process, units; all of them
