@@ -318,11 +318,16 @@ func (s *site) raw(t *testing.T, args ...string) []byte {
 	return out
 }
 
-func (s *site) stop(t *testing.T, id string) {
+// span is the time since boot before and after something.
+type span struct{ from, to time.Duration }
+
+func (s *site) stop(t *testing.T, id string) span {
 	t.Helper()
+	from := uptime()
 	if _, err := s.cli.Run(deadline(t, patience()), "task", "stop", id); err != nil {
 		t.Fatal(err)
 	}
+	return span{from, uptime()}
 }
 
 func stopped(t rig.Task) bool { return t.LastStatus == "STOPPED" }
@@ -375,15 +380,27 @@ func (s *site) watch(t *testing.T, stage string, constant []rig.Task) {
 }
 
 // ends waits for the end of a task that ignores its SIGTERM.
-func (s *site) ends(t *testing.T, id, what string, asked, grace time.Duration) {
+func (s *site) ends(t *testing.T, task rig.Task, what string, asked span) {
 	t.Helper()
-	end := s.await(t, id, "the task to end that was "+what, stopped)
-	took := uptime() - asked
-	t.Logf("%s with stopTimeout %s: it took %s", what, grace, took.Round(100*time.Millisecond))
-	if c := end.Container("c"); took < grace || took > grace+slack() || c.ExitCode == nil || *c.ExitCode != 137 || end.StopCode != "UserInitiated" {
-		t.Errorf("%s: it took %s of %s and ended as %+v", what, took, grace, end)
+	pid := task.Container("c").PID
+	if err := rig.Until(deadline(t, stopGrace+slack()), nil, "the process to end that was "+what, func() error {
+		if err := syscall.Kill(pid, 0); err != nil {
+			return nil
+		}
+		return fmt.Errorf("%d lives", pid)
+	}); err != nil {
+		t.Error(err)
 	}
-	inOrder(t, what, s.raw(t, "task", "describe", id, "-o", "json"))
+	least, most := uptime()-asked.to, uptime()-asked.from
+	t.Logf("%s with stopTimeout %s: it ended after %s to %s", what, stopGrace, least.Round(100*time.Millisecond), most.Round(100*time.Millisecond))
+	end := s.await(t, task.ID, "the task to end that was "+what, stopped)
+	if c := end.Container("c"); most < stopGrace || c.ExitCode == nil || *c.ExitCode != 137 || end.StopCode != "UserInitiated" {
+		t.Errorf("%s: it ended after at most %s of %s, as %+v", what, most, stopGrace, end)
+	}
+	if least > stopGrace+slow(outage) {
+		t.Errorf("%s: it ended after at least %s, its stopTimeout is %s", what, least, stopGrace)
+	}
+	inOrder(t, what, s.raw(t, "task", "describe", task.ID, "-o", "json"))
 }
 
 // inOrder checks the times that the control plane tells of a task.
