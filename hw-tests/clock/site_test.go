@@ -350,7 +350,11 @@ func (s *site) watch(t *testing.T, stage string, constant []rig.Task) {
 			sane(t, d.name+"'s tasks", d.ask(t, "tasks"))
 		}
 		for _, was := range constant {
-			now := s.describe(t, was.ID)
+			var now rig.Task
+			out := s.raw(t, "task", "describe", was.ID, "-o", "json")
+			if err := json.Unmarshal(out, &now); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
 			a, b := was.Container("c"), now.Container("c")
 			if now.LastStatus != "RUNNING" || a.PID != b.PID || a.Attempt != b.Attempt || syscall.Kill(a.PID, 0) != nil {
 				t.Errorf("%s: %+v, it was %+v", stage, now, was)
@@ -358,9 +362,9 @@ func (s *site) watch(t *testing.T, stage string, constant []rig.Task) {
 			if was.HealthStatus == "HEALTHY" && now.HealthStatus != "HEALTHY" {
 				t.Errorf("%s: it was healthy, it is %+v", stage, now)
 			}
-			inOrder(t, stage, s.raw(t, "task", "describe", was.ID, "-o", "json"))
-			s.raw(t, "task", "describe", was.ID)
+			inOrder(t, stage, out)
 		}
+		s.raw(t, "task", "describe", constant[0].ID)
 		s.raw(t, "task", "list", "--cluster", cluster, "-o", "json")
 		s.raw(t, "task", "list", "--cluster", cluster)
 		s.raw(t, "instance", "list", "--cluster", cluster, "-o", "json")
