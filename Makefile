@@ -95,7 +95,7 @@ faults-teeth: ## bugs planted one at a time, each to be found by the same faults
 		./controlplane/cmd/belay ./plugins/cmd/belay-plugins ./plugins/process/cmd/belay-supervise
 	BELAY_BUG=$(BUG) BELAY_BUG_BIN=$(BUGBIN) $(FAULTTEST) -run '^TestTeeth$$' -runs $(FAULT_RUNS)
 
-test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2 (slow; VM=containerd, host, process, units)
+test-vm: build ## plugins and units in an emulated Debian with systemd and cgroup v2, and a clock that jumps (slow; VM=clock, containerd, host, process, units)
 	@hw-tests/vm/run.sh $(VM)
 
 # Unit tests of what reads hardware, golden inventories by the test binaries and

@@ -320,7 +320,7 @@ func (p *Plane) abandon(ctx context.Context, id string) (revision int64, err err
 			for _, e := range tasks {
 				t := e.V
 				t.DesiredStatus, t.LastStatus, t.StopCode, t.StoppedReason = StatusStopped, StatusStopped, StopCodeInstanceGone, deregisteredReason
-				t.Sequence, t.StoppedAt, t.Note = b.Sequence, p.now(), ""
+				t.Sequence, t.StoppedAt, t.Note = b.Sequence, t.notBefore(p.now()), ""
 				t.Version++
 				if t.StoppingAt.IsZero() {
 					t.StoppingAt = t.StoppedAt

@@ -29,6 +29,7 @@ const (
 // earlier status is an old one, and a stopped task changes no more.
 func merge(t Task, s *wire.TaskStatus, now time.Time) (Task, merged) {
 	before := t
+	now = t.notBefore(now)
 	at := rank(s.LastStatus)
 	if at < 0 || at < rank(t.LastStatus) || t.LastStatus == StatusStopped {
 		return t, unchanged
@@ -63,6 +64,17 @@ func merge(t Task, s *wire.TaskStatus, now time.Time) (Task, merged) {
 	}
 	t.Version++
 	return t, changed
+}
+
+// notBefore is now, or the latest of the task's times when the clock has been
+// set back since: none of what follows comes before what went before it.
+func (t Task) notBefore(now time.Time) time.Time {
+	for _, past := range []time.Time{t.CreatedAt, t.StartedAt, t.StoppingAt} {
+		if past.After(now) {
+			now = past
+		}
+	}
+	return now
 }
 
 // ran tells whether any container was started.

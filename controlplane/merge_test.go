@@ -60,6 +60,10 @@ func TestMerge(t *testing.T) {
 		{"a task stopped before it ran has not started", Task{LastStatus: "PENDING"},
 			&wire.TaskStatus{LastStatus: "STOPPED", StoppedReason: "no such image"},
 			Task{LastStatus: "STOPPED", DesiredStatus: "STOPPED", StoppedReason: "no such image", StoppingAt: t1, StoppedAt: t1, Version: 1}, changed},
+		{"a clock set back takes no time from a task", Task{LastStatus: "PENDING", CreatedAt: t1.Add(1), StoppingAt: t1.Add(2)},
+			&wire.TaskStatus{LastStatus: "STOPPED", Containers: []*wire.ContainerStatus{{Name: "a", LastStatus: "STOPPED", Attempt: 1, ExitCode: ptr(int32(0))}}},
+			Task{LastStatus: "STOPPED", DesiredStatus: "STOPPED", CreatedAt: t1.Add(1), StoppingAt: t1.Add(2), StartedAt: t1.Add(2), StoppedAt: t1.Add(2), Version: 1,
+				Containers: []ContainerStatus{{Name: "a", LastStatus: "STOPPED", Attempt: 1, ExitCode: ptr(0)}}}, changed},
 		{"an exit nobody saw has no code", running,
 			&wire.TaskStatus{LastStatus: "RUNNING", Containers: []*wire.ContainerStatus{{Name: "a", LastStatus: "STOPPED", Attempt: 2, Reason: "device rebooted"}, nil}},
 			with(func(n *Task) {

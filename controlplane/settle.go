@@ -188,6 +188,7 @@ func (p *Plane) adoptSome(ctx context.Context, id string) (more bool, err error)
 
 // end makes a task STOPPED without its device.
 func (t *Task) end(now time.Time, sequence uint64, code, reason string) {
+	now = t.notBefore(now)
 	t.DesiredStatus, t.LastStatus, t.StopCode, t.StoppedReason = StatusStopped, StatusStopped, code, reason
 	t.Sequence, t.StoppedAt, t.Note = sequence, now, ""
 	t.Version++

@@ -275,7 +275,7 @@ func (p *Plane) StopTask(ctx context.Context, token, id, reason string) (Task, i
 		}
 		b.V.Sequence++
 		t.DesiredStatus, t.StopCode, t.StopReason = StatusStopped, StopCodeUser, reason
-		t.Sequence, t.StoppingAt = b.V.Sequence, p.now()
+		t.Sequence, t.StoppingAt = b.V.Sequence, t.notBefore(p.now())
 		t.Version++
 		c.compare(taskKey(id), e.Mod)
 		c.compare(bindingsKey(t.Instance), b.Mod)

@@ -6,6 +6,8 @@ here=/mnt
 state=/var/lib/belay-vm # remembered over the reboot
 mkdir -p $state
 export BELAY_TEST_SLOW="${BELAY_TEST_SLOW:-6}"
+# The clock is this machine's own: it may be set.
+export BELAY_TEST_CLOCK=1 BELAY_BIN=$here/bin
 export BELAY_TEST_PROCESS_BUILT=$here BELAY_TEST_CONTAINERD_BUILT=$here/built BELAY_TEST_UNITS=$here
 pattern=$(cat $here/pattern)
 

@@ -1,11 +1,12 @@
 #!/bin/sh
 # Boots a Debian 12 of its own under qemu, with systemd and cgroup v2, and runs
-# guest.sh in it: what cannot be seen on a host with cgroup v1 or without
-# systemd. The CPUs are emulated: expect minutes. The console goes
-# to the file named at the start, what the tests print to stdout.
+# guest.sh in it: what cannot be seen on a host with cgroup v1, without
+# systemd, or whose clock others need. The CPUs are emulated: expect minutes.
+# The console goes to the file named at the start, what the tests print to
+# stdout.
 # BELAY_TEST_KVM=1 uses KVM instead.
 #
-#   hw-tests/vm/run.sh [SUITE]...      containerd, host, process, units; all of them
+#   hw-tests/vm/run.sh [SUITE]...      clock, containerd, host, process, units; all of them
 #
 # Needs root, qemu-system-x86, debootstrap and e2fsprogs. BELAY_TEST_CACHE
 # names where the system's disk is kept between runs, BELAY_TEST_RUN what
@@ -14,7 +15,7 @@ set -eu
 
 cd "$(dirname "$0")/../.."
 cache=${BELAY_TEST_CACHE:-/var/cache/belay-test}/vm-1 # raise with what base() makes
-suites=${*:-containerd host process units}
+suites=${*:-clock containerd host process units}
 PATH="$PATH:/usr/sbin:/sbin"
 
 for tool in qemu-system-x86_64 debootstrap mke2fs; do
@@ -73,6 +74,7 @@ payload() {
 	export CGO_ENABLED=0
 	for suite in $suites; do
 		case $suite in
+		clock) go test -c -ldflags '-s -w' -o "$dir/tests/clock" ./hw-tests/clock ;;
 		containerd)
 			go test -c -ldflags '-s -w' -o "$dir/tests/containerd" ./hw-tests/containerd
 			go build -ldflags '-s -w' -o "$dir/built/containerd" ./hw-tests/containerd/testdata/containerd
@@ -84,7 +86,7 @@ payload() {
 			go test -c -ldflags '-s -w' -o "$dir/tests/units" ./hw-tests/vm
 			go build -ldflags '-s -w' -o "$dir/built/workload-amd64" ./images/workload
 			;;
-		*) echo "no suite $suite: containerd, host, process or units" >&2; return 1 ;;
+		*) echo "no suite $suite: clock, containerd, host, process or units" >&2; return 1 ;;
 		esac
 	done
 	echo "$suites" >"$dir/suites"
