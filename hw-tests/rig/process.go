@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -123,15 +124,18 @@ func Until(ctx context.Context, p *Process, what string, ok func() error) error 
 	}
 }
 
-// FreePort finds a loopback port that nobody has on TCP or UDP.
+// FreePort finds a loopback port that nobody has on TCP or UDP. It is below
+// those that the kernel gives to whoever asks for any (32768 on, unless
+// configured): a daemon that is restarted finds it free still.
 func FreePort() (int, error) {
 	var last error
 	for range 50 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		port := 10000 + rand.IntN(22000)
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err != nil {
-			return 0, err
+			last = err
+			continue
 		}
-		port := l.Addr().(*net.TCPAddr).Port
 		u, err := net.ListenPacket("udp", fmt.Sprintf("127.0.0.1:%d", port))
 		l.Close()
 		if err == nil {

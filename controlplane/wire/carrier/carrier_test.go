@@ -453,7 +453,15 @@ func TestBusy(t *testing.T) {
 	}
 	cancel()
 	stalled.Wait()
-	r.pair(t, wire.TransportQUIC)
+	// Nobody told the control plane: it notices.
+	for ctx := within(t, 15*time.Second); ; <-time.After(100 * time.Millisecond) {
+		if s, err := Dial(ctx, r.config(wire.TransportQUIC)); err == nil {
+			s.Close("", "")
+			return
+		} else if !errors.Is(err, ErrBusy) || ctx.Err() != nil {
+			t.Fatalf("after the others gave up: %v", err)
+		}
+	}
 }
 
 func TestConnectionCapFreesPlaces(t *testing.T) {
