@@ -53,7 +53,7 @@ func newFleet(c config, out, notes io.Writer) *fleet {
 
 // run enrols the devices and keeps their tunnels until ctx ends.
 func (f *fleet) run(ctx context.Context) error {
-	if err := moreFiles(f.devices); err != nil {
+	if err := f.moreFiles(); err != nil {
 		return err
 	}
 	devices, err := f.enrol(ctx)
@@ -72,19 +72,27 @@ func (f *fleet) run(ctx context.Context) error {
 	return nil
 }
 
-// moreFiles raises the limit of open files to what so many devices take.
-func moreFiles(devices int) error {
-	need := uint64(2*devices + 256)
+// moreFiles raises the limit of open files to what so many devices take. With
+// fewer than two each, tries of many at once fail for want of one, and are
+// repeated.
+func (f *fleet) moreFiles() error {
+	want, least := uint64(2*f.devices+256), uint64(f.devices+f.devices/4+256)
 	var l unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
 		return fmt.Errorf("read the limit of open files: %w", err)
 	}
-	if l.Cur >= need {
+	if l.Cur >= want {
 		return nil
 	}
-	l.Cur, l.Max = need, max(l.Max, need)
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
-		return fmt.Errorf("%d devices need %d open files: %w: raise the hard limit, or run as root", devices, need, err)
+	raised := unix.Rlimit{Cur: want, Max: max(l.Max, want)}
+	err := unix.Setrlimit(unix.RLIMIT_NOFILE, &raised)
+	if err != nil && l.Max >= least {
+		fmt.Fprintf(f.notes, "%d devices would like %d open files and may have %d\n", f.devices, want, l.Max)
+		l.Cur = l.Max
+		err = unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
+	}
+	if err != nil {
+		return fmt.Errorf("%d devices need %d open files, better %d: %w: raise the hard limit, or run as root", f.devices, least, want, err)
 	}
 	return nil
 }

@@ -15,7 +15,7 @@ const (
 	longCap     = 15 * time.Second // later
 	patience    = 2 * time.Minute
 	refusalCap  = time.Minute // also the most a server may ask for
-	busyCap     = 10 * time.Second
+	busyCap     = time.Minute
 	stable      = 3 * time.Second
 )
 
