@@ -172,9 +172,8 @@ func (a *Agent) Run(ctx context.Context) error {
 
 // turn is one pass of the loop: take in what came, decide, write, call, tell.
 func (a *Agent) turn(ctx context.Context, under *sync.WaitGroup) {
-	a.noticeSleep()
-	a.absorb()
-	now := a.cfg.Clock.Now()
+	now := a.noticeSleep()
+	a.absorb(now)
 	a.state.told(a.cfg.Clock.When(), now)
 	acts, wake, err := a.state.step(a.cfg.Journal, now)
 	a.logJournal(err)
@@ -304,9 +303,8 @@ func (a *Agent) launch(ctx context.Context, under *sync.WaitGroup, act action) {
 }
 
 // absorb takes in everything that came since the last turn.
-func (a *Agent) absorb() {
+func (a *Agent) absorb(now time.Duration) {
 	in := a.inbox.take()
-	now := a.cfg.Clock.Now()
 	s := a.state
 	s.mark = a.Mark() // after take: marks come before what they vouch for
 	s.tellAll = s.tellAll || in.reconcile

@@ -17,18 +17,22 @@ type Sleeper interface {
 // at the same moment.
 const sleepWorth = time.Second
 
-// noticeSleep compares the clocks since the last look.
-func (a *Agent) noticeSleep() {
+// noticeSleep compares the clocks since the last look and returns the time of
+// boot that it went by: a sleep that begins after it is for the next look, and
+// nothing may be decided by a later time until then.
+func (a *Agent) noticeSleep() (now time.Duration) {
+	now = a.cfg.Clock.Now()
 	clock, ok := a.cfg.Clock.(Sleeper)
 	if !ok {
-		return
+		return now
 	}
-	slept := a.cfg.Clock.Now() - clock.Awake()
+	slept := now - clock.Awake()
 	if d := slept - a.slept; d >= sleepWorth {
 		a.cfg.Logger.Info("the device slept", "for", d.Round(time.Second))
 		a.state.wokeAfter(d)
 		a.slept = slept
 	}
+	return now
 }
 
 // wokeAfter moves on what counts how long something was tried.
