@@ -115,6 +115,7 @@ func TestPlan(t *testing.T) {
 			main(func(_ *State, t *Task, c *Container) {
 				in(c, phaseExited, 1)
 				c.Removed, c.notBefore, t.Status = true, 15*time.Second, Running
+				c.saved = c.record()
 			}), nil, 15 * time.Second},
 		{"a reboot is the next attempt, of any task", one,
 			main(func(_ *State, t *Task, c *Container) {

@@ -136,6 +136,10 @@ type AttemptRecord struct {
 	RanFor   time.Duration `json:"ranFor,omitempty"`
 	Rebooted bool          `json:"rebooted,omitempty"` // ended by a reboot, not by itself
 	Removed  bool          `json:"removed,omitempty"`  // proven gone from the runtime
+	// Crashes are the short runs in a row before the attempt, once it has exited
+	// with it, and NotBefore when the next may start, since boot BootID.
+	Crashes   int           `json:"crashes,omitempty"`
+	NotBefore time.Duration `json:"notBefore,omitempty"`
 	// HaltedAt is when it was told to stop, since boot BootID; 0: it was not.
 	HaltedAt time.Duration `json:"haltedAt,omitempty"`
 }

@@ -50,6 +50,43 @@ func TestOutageIsNoRunTime(t *testing.T) {
 	}
 }
 
+// A container that crashes and crashes waits as long as it would have, had the
+// agent not been started again meanwhile.
+func TestRestartOfTheAgentSkipsNoBackoff(t *testing.T) {
+	const now = time.Hour
+	c := crashed(now-2*time.Second, 0, now)
+	if c.crashes != 4 || c.notBefore <= now {
+		t.Fatalf("%d crashes, again at %s", c.crashes, c.notBefore)
+	}
+	for _, r := range []struct {
+		name, boot string
+		written    time.Duration
+		want       time.Duration
+	}{
+		{"the same boot", c.BootID, c.notBefore, c.notBefore},
+		{"a damaged record", c.BootID, 1000 * time.Hour, now + time.Second + retryCap},
+		{"another boot", "another", c.notBefore, 0},
+	} {
+		t.Run(r.name, func(t *testing.T) {
+			s := stateOf(&wire.TaskSpec{}, nil)
+			record := c.record()
+			record.BootID, record.NotBefore = r.boot, r.written
+			s.Tasks = nil
+			s.load(SavedTask{
+				Assignment: &wire.Assignment{TaskId: "t", Spec: &wire.TaskSpec{RestartInPlace: true, Containers: []*wire.Container{essential("main")}}},
+				Attempts:   []AttemptRecord{record},
+			}, now+time.Second)
+			again := s.Tasks[0].container("main")
+			if again.crashes != 4 || again.notBefore != r.want {
+				t.Errorf("%d crashes, again at %s, want 4 and %s", again.crashes, again.notBefore, r.want)
+			}
+			if again.dirty() && r.name == "the same boot" {
+				t.Errorf("it is written again: %+v, %+v", again.record(), again.saved)
+			}
+		})
+	}
+}
+
 // Whatever a runtime says, a run is never negative and never longer than what
 // this boot knows of it, and what it says can only lengthen the back-off.
 func TestWhatARuntimeSaysOfARun(t *testing.T) {

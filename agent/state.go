@@ -168,9 +168,13 @@ func (s *State) load(saved SavedTask, now time.Duration) {
 		c.StartedAt, c.Started, c.RuntimeID = r.StartedAt, r.Started, r.RuntimeID
 		c.ExitCode, c.Reason, c.RanFor = r.ExitCode, r.Reason, r.RanFor
 		c.Rebooted, c.Removed, c.HaltedAt = r.Rebooted, r.Removed, r.HaltedAt
+		c.crashes = max(0, r.Crashes)
 		c.Phase = phaseUnknown
 		if r.Exited {
 			c.Phase = phaseExited
+			if r.BootID == s.BootID {
+				c.notBefore = min(r.NotBefore, now+retryCap) // whatever was written there
+			}
 		}
 		c.saved = r
 	}

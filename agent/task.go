@@ -220,12 +220,17 @@ func (c *Container) graceLeft(boot string, now time.Duration) time.Duration {
 
 // record is what must be on disk about the current attempt.
 func (c *Container) record() AttemptRecord {
+	notBefore := c.notBefore
+	if c.Phase != phaseExited {
+		notBefore = 0 // has passed
+	}
 	return AttemptRecord{
 		Container: c.Spec.GetName(), Number: c.Number, BootID: c.BootID,
 		Image: c.Image, Digest: c.Digest, HostPorts: c.HostPorts, Devices: c.Devices,
 		StartedAt: c.StartedAt, Started: c.Started, RuntimeID: c.RuntimeID,
 		Exited: c.Phase == phaseExited && !bug("exit-forgotten"), ExitCode: c.ExitCode, Reason: c.Reason,
 		RanFor: c.RanFor, Rebooted: c.Rebooted, Removed: c.Removed, HaltedAt: c.HaltedAt,
+		Crashes: c.crashes, NotBefore: notBefore,
 	}
 }
 
@@ -248,7 +253,8 @@ func sameAttempt(a, b AttemptRecord) bool {
 		a.Container == b.Container && a.Number == b.Number && a.BootID == b.BootID &&
 		a.Image == b.Image && a.Digest == b.Digest && a.StartedAt == b.StartedAt &&
 		a.Started == b.Started && a.RuntimeID == b.RuntimeID && a.Exited == b.Exited &&
-		a.Reason == b.Reason && a.RanFor == b.RanFor && a.Rebooted == b.Rebooted && a.Removed == b.Removed && a.HaltedAt == b.HaltedAt
+		a.Reason == b.Reason && a.RanFor == b.RanFor && a.Rebooted == b.Rebooted && a.Removed == b.Removed && a.HaltedAt == b.HaltedAt &&
+		a.Crashes == b.Crashes && a.NotBefore == b.NotBefore
 }
 
 // statusRecord is what must be on disk about the task. PENDING is where every
