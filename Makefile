@@ -45,7 +45,7 @@ test: setup build lint test-modules test-teeth ## everything, race detector on
 TESTLOG  = $(abspath $(BIN))/test.log
 GOTEST   = go test -v $(RACE) -timeout 15m
 SHOW     = 2>&1 | tee -a $(TESTLOG) | awk '/\.go:[0-9]+: / && !/ level=/{why=$$0} /--- SKIP/{print; print why} /^(ok|FAIL|panic:)|--- FAIL|WARNING: DATA RACE/{print; fflush()}' \
-	|| { echo "failed; of $(TESTLOG):"; awk -f hw-tests/failures.awk $(TESTLOG) $(TESTLOG) | tail -n 300; exit 1; }
+	|| { echo "failed; of $(TESTLOG):"; awk -f $(CURDIR)/hw-tests/failures.awk $(TESTLOG) $(TESTLOG) | tail -n 300; exit 1; }
 test-modules:
 	@[ -n "$(RACE)" ] || echo "no C compiler, so no race detector: install gcc and libc6-dev for it"
 	@rm -f $(TESTLOG)

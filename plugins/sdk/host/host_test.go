@@ -212,6 +212,11 @@ func TestCallsCrossTheProcessBoundary(t *testing.T) {
 		t.Errorf("Stop of an unknown attempt: %v", err)
 	}
 	inv, err := r.List(ctx)
+	if len(inv.Containers) == 1 { // which List alone tells
+		if c.RanFor = inv.Containers[0].RanFor; c.RanFor <= 0 {
+			t.Errorf("List does not tell how long it ran: %+v", inv)
+		}
+	}
 	if err != nil || cmp.Diff([]sdk.Container{c}, inv.Containers) != "" {
 		t.Errorf("List: %+v, %v", inv, err)
 	}

@@ -22,6 +22,7 @@ type runtimeClient struct {
 	p     *Plugin
 	rpc   runtimeRPC
 	start func(context.Context, sdk.StartRequest) (*pluginpb.StartResponse, error)
+	list  func(context.Context) (sdk.Inventory, error)
 }
 
 // imageStoreClient is the same of one that describes itself as an image store.
@@ -38,7 +39,6 @@ type runtimeRPC interface {
 	Pull(context.Context, *pluginpb.PullRequest, ...grpc.CallOption) (grpc.ServerStreamingClient[pluginpb.PullUpdate], error)
 	Stop(context.Context, *pluginpb.StopRequest, ...grpc.CallOption) (*pluginpb.StopResponse, error)
 	Remove(context.Context, *pluginpb.RemoveRequest, ...grpc.CallOption) (*pluginpb.RemoveResponse, error)
-	List(context.Context, *pluginpb.ListRequest, ...grpc.CallOption) (*pluginpb.ListResponse, error)
 	Events(context.Context, *pluginpb.EventsRequest, ...grpc.CallOption) (grpc.ServerStreamingClient[pluginpb.Event], error)
 	Stats(context.Context, *pluginpb.StatsRequest, ...grpc.CallOption) (*pluginpb.StatsResponse, error)
 	Exec(context.Context, *pluginpb.ExecRequest, ...grpc.CallOption) (*pluginpb.ExecResponse, error)
@@ -53,11 +53,17 @@ func newRuntimeClient(p *Plugin) sdk.Runtime {
 				return nil, err
 			}
 			return v1.Start(ctx, m)
+		}, list: func(ctx context.Context) (sdk.Inventory, error) {
+			r, err := v1.List(ctx, &pluginpb.ListRequest{})
+			return bridge.FromInventoryV1(r), err
 		}}
 	}
 	v2 := pluginv2.NewRuntimeClient(p.conn)
 	c := &runtimeClient{p: p, rpc: v2, start: func(ctx context.Context, r sdk.StartRequest) (*pluginpb.StartResponse, error) {
 		return v2.Start(ctx, bridge.ToStart(r))
+	}, list: func(ctx context.Context) (sdk.Inventory, error) {
+		r, err := v2.List(ctx, &pluginpb.ListRequest{})
+		return bridge.FromInventory(r), err
 	}}
 	if slices.Contains(p.abilities, bridge.AbilityImages) {
 		return imageStoreClient{c, v2}
@@ -199,11 +205,10 @@ func (c *runtimeClient) Remove(ctx context.Context, a sdk.Attempt) error {
 func (c *runtimeClient) List(ctx context.Context) (sdk.Inventory, error) {
 	cctx, done := c.p.call(ctx)
 	defer done()
-	r, err := c.rpc.List(cctx, &pluginpb.ListRequest{})
+	inv, err := c.list(cctx)
 	if err != nil {
 		return sdk.Inventory{}, c.p.explain(ctx, c.op("list"), err)
 	}
-	inv := bridge.FromInventory(r)
 	if err := sdk.CheckContainers(inv); err != nil {
 		return sdk.Inventory{}, c.nonsense("list", err)
 	}

@@ -117,7 +117,7 @@ func (s runtimeOfVersion1) Stop(ctx context.Context, r *pluginpb.StopRequest) (*
 
 func (s runtimeOfVersion1) List(ctx context.Context, _ *pluginpb.ListRequest) (*pluginpb.ListResponse, error) {
 	i, err := s.mem.List(ctx)
-	return bridge.ToInventory(i), err
+	return bridge.ToInventoryV1(i), err
 }
 
 func TestPluginOfVersion1StillWorks(t *testing.T) {

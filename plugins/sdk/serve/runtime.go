@@ -27,6 +27,14 @@ func (s *runtimeServer) Start(ctx context.Context, r *pluginv2.StartRequest) (*p
 	return s.start(ctx, bridge.FromStart(r))
 }
 
+func (s *runtimeServer) List(ctx context.Context, _ *pluginpb.ListRequest) (*pluginv2.ListResponse, error) {
+	i, err := s.runtime.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return bridge.ToInventory(i), nil
+}
+
 func (s *runtimeServer) store(what string) (sdk.ImageStore, error) {
 	if store, ok := s.runtime.(sdk.ImageStore); ok {
 		return store, nil
@@ -62,6 +70,14 @@ type runtimeServerV1 struct {
 
 func (s *runtimeServerV1) Start(ctx context.Context, r *pluginpb.StartRequest) (*pluginpb.StartResponse, error) {
 	return s.start(ctx, bridge.FromStartV1(r))
+}
+
+func (s *runtimeServerV1) List(ctx context.Context, _ *pluginpb.ListRequest) (*pluginpb.ListResponse, error) {
+	i, err := s.runtime.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return bridge.ToInventoryV1(i), nil
 }
 
 func (s *runtimeCalls) Info(ctx context.Context, _ *pluginpb.InfoRequest) (*pluginpb.InfoResponse, error) {
@@ -120,14 +136,6 @@ func (s *runtimeCalls) Stop(ctx context.Context, r *pluginpb.StopRequest) (*plug
 
 func (s *runtimeCalls) Remove(ctx context.Context, r *pluginpb.RemoveRequest) (*pluginpb.RemoveResponse, error) {
 	return &pluginpb.RemoveResponse{}, s.runtime.Remove(ctx, bridge.FromAttempt(r.GetAttempt()))
-}
-
-func (s *runtimeCalls) List(ctx context.Context, _ *pluginpb.ListRequest) (*pluginpb.ListResponse, error) {
-	i, err := s.runtime.List(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return bridge.ToInventory(i), nil
 }
 
 func (s *runtimeCalls) Events(_ *pluginpb.EventsRequest, stream grpc.ServerStreamingServer[pluginpb.Event]) error {

@@ -94,12 +94,13 @@ func fromPort(p *pluginpb.PortMapping) sdk.PortMapping {
 	}
 }
 
-// ToContainer carries an attempt as its runtime sees it.
+// ToContainer carries an attempt as its runtime sees it. How long it ran is in
+// ToInventory alone: version 1 had no word for it.
 func ToContainer(c sdk.Container) *pluginpb.Container {
 	p := &pluginpb.Container{
 		Attempt: ToAttempt(c.Attempt), RuntimeId: text(c.RuntimeID), State: text(string(c.State)), Pid: u32(c.PID),
 		Reason: text(c.Reason), OomKilled: c.OOMKilled, ImageDigest: text(c.ImageDigest),
-		Ports: mapSlice(c.Ports, toPort), Ip: text(c.IP), RanForNs: int64(c.RanFor),
+		Ports: mapSlice(c.Ports, toPort), Ip: text(c.IP),
 	}
 	if c.ExitCode != nil {
 		code := i32(*c.ExitCode)
@@ -113,7 +114,7 @@ func FromContainer(p *pluginpb.Container) sdk.Container {
 	c := sdk.Container{
 		Attempt: FromAttempt(p.GetAttempt()), RuntimeID: p.GetRuntimeId(), State: sdk.State(p.GetState()), PID: integer(p.GetPid()),
 		Reason: p.GetReason(), OOMKilled: p.GetOomKilled(), ImageDigest: p.GetImageDigest(),
-		Ports: mapSlice(p.GetPorts(), fromPort), IP: p.GetIp(), RanFor: time.Duration(p.GetRanForNs()),
+		Ports: mapSlice(p.GetPorts(), fromPort), IP: p.GetIp(),
 	}
 	if p != nil && p.ExitCode != nil {
 		code := int(*p.ExitCode)
@@ -123,13 +124,22 @@ func FromContainer(p *pluginpb.Container) sdk.Container {
 }
 
 // ToInventory carries everything a runtime holds.
-func ToInventory(i sdk.Inventory) *pluginpb.ListResponse {
-	return &pluginpb.ListResponse{Containers: mapSlice(i.Containers, ToContainer), Tasks: mapSlice(i.Tasks, text)}
+func ToInventory(i sdk.Inventory) *pluginv2.ListResponse {
+	return &pluginv2.ListResponse{
+		Containers: mapSlice(i.Containers, ToContainer), Tasks: mapSlice(i.Tasks, text),
+		RanForNs: mapSlice(i.Containers, func(c sdk.Container) int64 { return int64(c.RanFor) }),
+	}
 }
 
 // FromInventory reads what ToInventory wrote.
-func FromInventory(p *pluginpb.ListResponse) sdk.Inventory {
-	return sdk.Inventory{Containers: mapSlice(p.GetContainers(), FromContainer), Tasks: p.GetTasks()}
+func FromInventory(p *pluginv2.ListResponse) sdk.Inventory {
+	i := sdk.Inventory{Containers: mapSlice(p.GetContainers(), FromContainer), Tasks: p.GetTasks()}
+	if ran := p.GetRanForNs(); len(ran) == len(i.Containers) {
+		for n := range ran {
+			i.Containers[n].RanFor = time.Duration(ran[n])
+		}
+	}
+	return i
 }
 
 // ToStats carries a measurement.

@@ -35,7 +35,7 @@ func FuzzFromMessages(f *testing.F) {
 		f.Add(uint8(i), []byte(nil))
 	}
 	for _, p := range []proto.Message{
-		&pluginpb.DescribeResponse{}, &pluginpb.ListResponse{Containers: []*pluginpb.Container{nil}},
+		&pluginpb.DescribeResponse{}, &pluginv2.ListResponse{Containers: []*pluginpb.Container{nil}, RanForNs: []int64{-1}},
 		&pluginv2.DeviceInventory{Devices: []*pluginv2.DeviceInfo{nil, {Attributes: map[string]string{"": ""}}}},
 		&pluginv2.StartRequest{Spec: &pluginv2.ContainerSpec{Hooks: []*pluginv2.Hook{nil}}},
 	} {

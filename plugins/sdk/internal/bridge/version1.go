@@ -79,3 +79,13 @@ func fromSpecV1(p *pluginpb.ContainerSpec) sdk.ContainerSpec {
 	}
 	return s
 }
+
+// ToInventoryV1 is ToInventory as version 1 says it.
+func ToInventoryV1(i sdk.Inventory) *pluginpb.ListResponse {
+	return &pluginpb.ListResponse{Containers: mapSlice(i.Containers, ToContainer), Tasks: mapSlice(i.Tasks, text)}
+}
+
+// FromInventoryV1 reads what ToInventoryV1 wrote.
+func FromInventoryV1(p *pluginpb.ListResponse) sdk.Inventory {
+	return sdk.Inventory{Containers: mapSlice(p.GetContainers(), FromContainer), Tasks: p.GetTasks()}
+}

@@ -2042,7 +2042,6 @@ type Container struct {
 	ImageDigest   string                 `protobuf:"bytes,8,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
 	Ports         []*PortMapping         `protobuf:"bytes,9,rep,name=ports,proto3" json:"ports,omitempty"`
 	Ip            string                 `protobuf:"bytes,10,opt,name=ip,proto3" json:"ip,omitempty"`
-	RanForNs      int64                  `protobuf:"varint,11,opt,name=ran_for_ns,json=ranForNs,proto3" json:"ran_for_ns,omitempty"` // exited; 0: not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2145,13 +2144,6 @@ func (x *Container) GetIp() string {
 		return x.Ip
 	}
 	return ""
-}
-
-func (x *Container) GetRanForNs() int64 {
-	if x != nil {
-		return x.RanForNs
-	}
-	return 0
 }
 
 type ListRequest struct {
@@ -2738,7 +2730,7 @@ const file_plugin_proto_rawDesc = "" +
 	"\tcontainer\x18\x01 \x01(\v2\x1a.belay.plugin.v1.ContainerR\tcontainer\"C\n" +
 	"\rRemoveRequest\x122\n" +
 	"\aattempt\x18\x01 \x01(\v2\x18.belay.plugin.v1.AttemptR\aattempt\"\x10\n" +
-	"\x0eRemoveResponse\"\xf2\x02\n" +
+	"\x0eRemoveResponse\"\xd4\x02\n" +
 	"\tContainer\x122\n" +
 	"\aattempt\x18\x01 \x01(\v2\x18.belay.plugin.v1.AttemptR\aattempt\x12\x1d\n" +
 	"\n" +
@@ -2752,9 +2744,7 @@ const file_plugin_proto_rawDesc = "" +
 	"\fimage_digest\x18\b \x01(\tR\vimageDigest\x122\n" +
 	"\x05ports\x18\t \x03(\v2\x1c.belay.plugin.v1.PortMappingR\x05ports\x12\x0e\n" +
 	"\x02ip\x18\n" +
-	" \x01(\tR\x02ip\x12\x1c\n" +
-	"\n" +
-	"ran_for_ns\x18\v \x01(\x03R\branForNsB\f\n" +
+	" \x01(\tR\x02ipB\f\n" +
 	"\n" +
 	"_exit_code\"\r\n" +
 	"\vListRequest\"`\n" +

@@ -219,6 +219,67 @@ func (x *Option) GetMax() float64 {
 	return 0
 }
 
+// ListResponse is version 1's, and more.
+type ListResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Containers    []*pluginpb.Container  `protobuf:"bytes,1,rep,name=containers,proto3" json:"containers,omitempty"`
+	Tasks         []string               `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	RanForNs      []int64                `protobuf:"varint,3,rep,packed,name=ran_for_ns,json=ranForNs,proto3" json:"ran_for_ns,omitempty"` // of the containers, in their order; 0, or none: not known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListResponse) Reset() {
+	*x = ListResponse{}
+	mi := &file_v2_plugin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListResponse) ProtoMessage() {}
+
+func (x *ListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v2_plugin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
+func (*ListResponse) Descriptor() ([]byte, []int) {
+	return file_v2_plugin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ListResponse) GetContainers() []*pluginpb.Container {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+func (x *ListResponse) GetTasks() []string {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
+func (x *ListResponse) GetRanForNs() []int64 {
+	if x != nil {
+		return x.RanForNs
+	}
+	return nil
+}
+
 type ImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -227,7 +288,7 @@ type ImagesRequest struct {
 
 func (x *ImagesRequest) Reset() {
 	*x = ImagesRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[2]
+	mi := &file_v2_plugin_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -239,7 +300,7 @@ func (x *ImagesRequest) String() string {
 func (*ImagesRequest) ProtoMessage() {}
 
 func (x *ImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[2]
+	mi := &file_v2_plugin_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -252,7 +313,7 @@ func (x *ImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesRequest.ProtoReflect.Descriptor instead.
 func (*ImagesRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{2}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{3}
 }
 
 type ImagesResponse struct {
@@ -265,7 +326,7 @@ type ImagesResponse struct {
 
 func (x *ImagesResponse) Reset() {
 	*x = ImagesResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[3]
+	mi := &file_v2_plugin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -277,7 +338,7 @@ func (x *ImagesResponse) String() string {
 func (*ImagesResponse) ProtoMessage() {}
 
 func (x *ImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[3]
+	mi := &file_v2_plugin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -290,7 +351,7 @@ func (x *ImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagesResponse.ProtoReflect.Descriptor instead.
 func (*ImagesResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{3}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ImagesResponse) GetImages() []*StoredImage {
@@ -320,7 +381,7 @@ type StoredImage struct {
 
 func (x *StoredImage) Reset() {
 	*x = StoredImage{}
-	mi := &file_v2_plugin_proto_msgTypes[4]
+	mi := &file_v2_plugin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -332,7 +393,7 @@ func (x *StoredImage) String() string {
 func (*StoredImage) ProtoMessage() {}
 
 func (x *StoredImage) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[4]
+	mi := &file_v2_plugin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -345,7 +406,7 @@ func (x *StoredImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoredImage.ProtoReflect.Descriptor instead.
 func (*StoredImage) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{4}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *StoredImage) GetDigest() string {
@@ -387,7 +448,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_v2_plugin_proto_msgTypes[5]
+	mi := &file_v2_plugin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -399,7 +460,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[5]
+	mi := &file_v2_plugin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -412,7 +473,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{5}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Disk) GetTotalBytes() uint64 {
@@ -438,7 +499,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[6]
+	mi := &file_v2_plugin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -450,7 +511,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[6]
+	mi := &file_v2_plugin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -463,7 +524,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{6}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RemoveImageRequest) GetDigest() string {
@@ -481,7 +542,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[7]
+	mi := &file_v2_plugin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -493,7 +554,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[7]
+	mi := &file_v2_plugin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -506,7 +567,7 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{7}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{8}
 }
 
 type StartRequest struct {
@@ -522,7 +583,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[8]
+	mi := &file_v2_plugin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -534,7 +595,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[8]
+	mi := &file_v2_plugin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -547,7 +608,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{8}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StartRequest) GetAttempt() *pluginpb.Attempt {
@@ -624,7 +685,7 @@ type ContainerSpec struct {
 
 func (x *ContainerSpec) Reset() {
 	*x = ContainerSpec{}
-	mi := &file_v2_plugin_proto_msgTypes[9]
+	mi := &file_v2_plugin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -636,7 +697,7 @@ func (x *ContainerSpec) String() string {
 func (*ContainerSpec) ProtoMessage() {}
 
 func (x *ContainerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[9]
+	mi := &file_v2_plugin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -649,7 +710,7 @@ func (x *ContainerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerSpec.ProtoReflect.Descriptor instead.
 func (*ContainerSpec) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{9}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ContainerSpec) GetImage() string {
@@ -881,7 +942,7 @@ type DeviceRule struct {
 
 func (x *DeviceRule) Reset() {
 	*x = DeviceRule{}
-	mi := &file_v2_plugin_proto_msgTypes[10]
+	mi := &file_v2_plugin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +954,7 @@ func (x *DeviceRule) String() string {
 func (*DeviceRule) ProtoMessage() {}
 
 func (x *DeviceRule) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[10]
+	mi := &file_v2_plugin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +967,7 @@ func (x *DeviceRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceRule.ProtoReflect.Descriptor instead.
 func (*DeviceRule) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{10}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DeviceRule) GetType() string {
@@ -939,7 +1000,7 @@ type Words struct {
 
 func (x *Words) Reset() {
 	*x = Words{}
-	mi := &file_v2_plugin_proto_msgTypes[11]
+	mi := &file_v2_plugin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +1012,7 @@ func (x *Words) String() string {
 func (*Words) ProtoMessage() {}
 
 func (x *Words) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[11]
+	mi := &file_v2_plugin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +1025,7 @@ func (x *Words) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Words.ProtoReflect.Descriptor instead.
 func (*Words) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{11}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Words) GetWords() []string {
@@ -984,7 +1045,7 @@ type HostEntry struct {
 
 func (x *HostEntry) Reset() {
 	*x = HostEntry{}
-	mi := &file_v2_plugin_proto_msgTypes[12]
+	mi := &file_v2_plugin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1057,7 @@ func (x *HostEntry) String() string {
 func (*HostEntry) ProtoMessage() {}
 
 func (x *HostEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[12]
+	mi := &file_v2_plugin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1070,7 @@ func (x *HostEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEntry.ProtoReflect.Descriptor instead.
 func (*HostEntry) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{12}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *HostEntry) GetName() string {
@@ -1041,7 +1102,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_v2_plugin_proto_msgTypes[13]
+	mi := &file_v2_plugin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1114,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[13]
+	mi := &file_v2_plugin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1127,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{13}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Hook) GetPoint() string {
@@ -1112,7 +1173,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[14]
+	mi := &file_v2_plugin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1185,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[14]
+	mi := &file_v2_plugin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1198,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{14}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{15}
 }
 
 type DeviceInventory struct {
@@ -1149,7 +1210,7 @@ type DeviceInventory struct {
 
 func (x *DeviceInventory) Reset() {
 	*x = DeviceInventory{}
-	mi := &file_v2_plugin_proto_msgTypes[15]
+	mi := &file_v2_plugin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1222,7 @@ func (x *DeviceInventory) String() string {
 func (*DeviceInventory) ProtoMessage() {}
 
 func (x *DeviceInventory) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[15]
+	mi := &file_v2_plugin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1235,7 @@ func (x *DeviceInventory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceInventory.ProtoReflect.Descriptor instead.
 func (*DeviceInventory) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{15}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeviceInventory) GetDevices() []*DeviceInfo {
@@ -1199,7 +1260,7 @@ type DeviceInfo struct {
 
 func (x *DeviceInfo) Reset() {
 	*x = DeviceInfo{}
-	mi := &file_v2_plugin_proto_msgTypes[16]
+	mi := &file_v2_plugin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1211,7 +1272,7 @@ func (x *DeviceInfo) String() string {
 func (*DeviceInfo) ProtoMessage() {}
 
 func (x *DeviceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[16]
+	mi := &file_v2_plugin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1224,7 +1285,7 @@ func (x *DeviceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceInfo.ProtoReflect.Descriptor instead.
 func (*DeviceInfo) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{16}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeviceInfo) GetId() string {
@@ -1285,7 +1346,7 @@ type EditsRequest struct {
 
 func (x *EditsRequest) Reset() {
 	*x = EditsRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[17]
+	mi := &file_v2_plugin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1297,7 +1358,7 @@ func (x *EditsRequest) String() string {
 func (*EditsRequest) ProtoMessage() {}
 
 func (x *EditsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[17]
+	mi := &file_v2_plugin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1310,7 +1371,7 @@ func (x *EditsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditsRequest.ProtoReflect.Descriptor instead.
 func (*EditsRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{17}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EditsRequest) GetIds() []string {
@@ -1335,7 +1396,7 @@ type EditsResponse struct {
 
 func (x *EditsResponse) Reset() {
 	*x = EditsResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[18]
+	mi := &file_v2_plugin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1347,7 +1408,7 @@ func (x *EditsResponse) String() string {
 func (*EditsResponse) ProtoMessage() {}
 
 func (x *EditsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[18]
+	mi := &file_v2_plugin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1360,7 +1421,7 @@ func (x *EditsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditsResponse.ProtoReflect.Descriptor instead.
 func (*EditsResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{18}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *EditsResponse) GetDevices() []*pluginpb.HostDevice {
@@ -1421,7 +1482,7 @@ type DeviceStatsRequest struct {
 
 func (x *DeviceStatsRequest) Reset() {
 	*x = DeviceStatsRequest{}
-	mi := &file_v2_plugin_proto_msgTypes[19]
+	mi := &file_v2_plugin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1494,7 @@ func (x *DeviceStatsRequest) String() string {
 func (*DeviceStatsRequest) ProtoMessage() {}
 
 func (x *DeviceStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[19]
+	mi := &file_v2_plugin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1507,7 @@ func (x *DeviceStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStatsRequest.ProtoReflect.Descriptor instead.
 func (*DeviceStatsRequest) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{19}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeviceStatsRequest) GetIds() []string {
@@ -1465,7 +1526,7 @@ type DeviceStatsResponse struct {
 
 func (x *DeviceStatsResponse) Reset() {
 	*x = DeviceStatsResponse{}
-	mi := &file_v2_plugin_proto_msgTypes[20]
+	mi := &file_v2_plugin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1538,7 @@ func (x *DeviceStatsResponse) String() string {
 func (*DeviceStatsResponse) ProtoMessage() {}
 
 func (x *DeviceStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[20]
+	mi := &file_v2_plugin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1551,7 @@ func (x *DeviceStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStatsResponse.ProtoReflect.Descriptor instead.
 func (*DeviceStatsResponse) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{20}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DeviceStatsResponse) GetStats() []*DeviceStats {
@@ -1515,7 +1576,7 @@ type DeviceStats struct {
 
 func (x *DeviceStats) Reset() {
 	*x = DeviceStats{}
-	mi := &file_v2_plugin_proto_msgTypes[21]
+	mi := &file_v2_plugin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1527,7 +1588,7 @@ func (x *DeviceStats) String() string {
 func (*DeviceStats) ProtoMessage() {}
 
 func (x *DeviceStats) ProtoReflect() protoreflect.Message {
-	mi := &file_v2_plugin_proto_msgTypes[21]
+	mi := &file_v2_plugin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1540,7 +1601,7 @@ func (x *DeviceStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceStats.ProtoReflect.Descriptor instead.
 func (*DeviceStats) Descriptor() ([]byte, []int) {
-	return file_v2_plugin_proto_rawDescGZIP(), []int{21}
+	return file_v2_plugin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeviceStats) GetId() string {
@@ -1607,7 +1668,14 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\x03min\x18\a \x01(\x01H\x00R\x03min\x88\x01\x01\x12\x15\n" +
 	"\x03max\x18\b \x01(\x01H\x01R\x03max\x88\x01\x01B\x06\n" +
 	"\x04_minB\x06\n" +
-	"\x04_max\"\x0f\n" +
+	"\x04_max\"~\n" +
+	"\fListResponse\x12:\n" +
+	"\n" +
+	"containers\x18\x01 \x03(\v2\x1a.belay.plugin.v1.ContainerR\n" +
+	"containers\x12\x14\n" +
+	"\x05tasks\x18\x02 \x03(\tR\x05tasks\x12\x1c\n" +
+	"\n" +
+	"ran_for_ns\x18\x03 \x03(\x03R\branForNs\"\x0f\n" +
 	"\rImagesRequest\"q\n" +
 	"\x0eImagesResponse\x124\n" +
 	"\x06images\x18\x01 \x03(\v2\x1c.belay.plugin.v2.StoredImageR\x06images\x12)\n" +
@@ -1755,7 +1823,7 @@ const file_v2_plugin_proto_rawDesc = "" +
 	"\x05Start\x12\x1d.belay.plugin.v2.StartRequest\x1a\x1e.belay.plugin.v1.StartResponse\x12C\n" +
 	"\x04Stop\x12\x1c.belay.plugin.v1.StopRequest\x1a\x1d.belay.plugin.v1.StopResponse\x12I\n" +
 	"\x06Remove\x12\x1e.belay.plugin.v1.RemoveRequest\x1a\x1f.belay.plugin.v1.RemoveResponse\x12C\n" +
-	"\x04List\x12\x1c.belay.plugin.v1.ListRequest\x1a\x1d.belay.plugin.v1.ListResponse\x12B\n" +
+	"\x04List\x12\x1c.belay.plugin.v1.ListRequest\x1a\x1d.belay.plugin.v2.ListResponse\x12B\n" +
 	"\x06Events\x12\x1e.belay.plugin.v1.EventsRequest\x1a\x16.belay.plugin.v1.Event0\x01\x12F\n" +
 	"\x05Stats\x12\x1d.belay.plugin.v1.StatsRequest\x1a\x1e.belay.plugin.v1.StatsResponse\x12C\n" +
 	"\x04Exec\x12\x1c.belay.plugin.v1.ExecRequest\x1a\x1d.belay.plugin.v1.ExecResponse\x12I\n" +
@@ -1778,129 +1846,131 @@ func file_v2_plugin_proto_rawDescGZIP() []byte {
 	return file_v2_plugin_proto_rawDescData
 }
 
-var file_v2_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_v2_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_v2_plugin_proto_goTypes = []any{
 	(*DescribeResponse)(nil),             // 0: belay.plugin.v2.DescribeResponse
 	(*Option)(nil),                       // 1: belay.plugin.v2.Option
-	(*ImagesRequest)(nil),                // 2: belay.plugin.v2.ImagesRequest
-	(*ImagesResponse)(nil),               // 3: belay.plugin.v2.ImagesResponse
-	(*StoredImage)(nil),                  // 4: belay.plugin.v2.StoredImage
-	(*Disk)(nil),                         // 5: belay.plugin.v2.Disk
-	(*RemoveImageRequest)(nil),           // 6: belay.plugin.v2.RemoveImageRequest
-	(*RemoveImageResponse)(nil),          // 7: belay.plugin.v2.RemoveImageResponse
-	(*StartRequest)(nil),                 // 8: belay.plugin.v2.StartRequest
-	(*ContainerSpec)(nil),                // 9: belay.plugin.v2.ContainerSpec
-	(*DeviceRule)(nil),                   // 10: belay.plugin.v2.DeviceRule
-	(*Words)(nil),                        // 11: belay.plugin.v2.Words
-	(*HostEntry)(nil),                    // 12: belay.plugin.v2.HostEntry
-	(*Hook)(nil),                         // 13: belay.plugin.v2.Hook
-	(*WatchRequest)(nil),                 // 14: belay.plugin.v2.WatchRequest
-	(*DeviceInventory)(nil),              // 15: belay.plugin.v2.DeviceInventory
-	(*DeviceInfo)(nil),                   // 16: belay.plugin.v2.DeviceInfo
-	(*EditsRequest)(nil),                 // 17: belay.plugin.v2.EditsRequest
-	(*EditsResponse)(nil),                // 18: belay.plugin.v2.EditsResponse
-	(*DeviceStatsRequest)(nil),           // 19: belay.plugin.v2.DeviceStatsRequest
-	(*DeviceStatsResponse)(nil),          // 20: belay.plugin.v2.DeviceStatsResponse
-	(*DeviceStats)(nil),                  // 21: belay.plugin.v2.DeviceStats
-	nil,                                  // 22: belay.plugin.v2.ContainerSpec.SysctlsEntry
-	nil,                                  // 23: belay.plugin.v2.ContainerSpec.LabelsEntry
-	nil,                                  // 24: belay.plugin.v2.DeviceInfo.AttributesEntry
-	(*pluginpb.Attempt)(nil),             // 25: belay.plugin.v1.Attempt
-	(*pluginpb.Limits)(nil),              // 26: belay.plugin.v1.Limits
-	(*pluginpb.Mount)(nil),               // 27: belay.plugin.v1.Mount
-	(*pluginpb.PortMapping)(nil),         // 28: belay.plugin.v1.PortMapping
-	(*pluginpb.Ulimit)(nil),              // 29: belay.plugin.v1.Ulimit
-	(*pluginpb.HostDevice)(nil),          // 30: belay.plugin.v1.HostDevice
-	(*pluginpb.DescribeRequest)(nil),     // 31: belay.plugin.v1.DescribeRequest
-	(*pluginpb.ConfigureRequest)(nil),    // 32: belay.plugin.v1.ConfigureRequest
-	(*pluginpb.InfoRequest)(nil),         // 33: belay.plugin.v1.InfoRequest
-	(*pluginpb.PrepareTaskRequest)(nil),  // 34: belay.plugin.v1.PrepareTaskRequest
-	(*pluginpb.RemoveTaskRequest)(nil),   // 35: belay.plugin.v1.RemoveTaskRequest
-	(*pluginpb.PullRequest)(nil),         // 36: belay.plugin.v1.PullRequest
-	(*pluginpb.StopRequest)(nil),         // 37: belay.plugin.v1.StopRequest
-	(*pluginpb.RemoveRequest)(nil),       // 38: belay.plugin.v1.RemoveRequest
-	(*pluginpb.ListRequest)(nil),         // 39: belay.plugin.v1.ListRequest
-	(*pluginpb.EventsRequest)(nil),       // 40: belay.plugin.v1.EventsRequest
-	(*pluginpb.StatsRequest)(nil),        // 41: belay.plugin.v1.StatsRequest
-	(*pluginpb.ExecRequest)(nil),         // 42: belay.plugin.v1.ExecRequest
-	(*pluginpb.ConfigureResponse)(nil),   // 43: belay.plugin.v1.ConfigureResponse
-	(*pluginpb.InfoResponse)(nil),        // 44: belay.plugin.v1.InfoResponse
-	(*pluginpb.PrepareTaskResponse)(nil), // 45: belay.plugin.v1.PrepareTaskResponse
-	(*pluginpb.RemoveTaskResponse)(nil),  // 46: belay.plugin.v1.RemoveTaskResponse
-	(*pluginpb.PullUpdate)(nil),          // 47: belay.plugin.v1.PullUpdate
-	(*pluginpb.StartResponse)(nil),       // 48: belay.plugin.v1.StartResponse
-	(*pluginpb.StopResponse)(nil),        // 49: belay.plugin.v1.StopResponse
-	(*pluginpb.RemoveResponse)(nil),      // 50: belay.plugin.v1.RemoveResponse
-	(*pluginpb.ListResponse)(nil),        // 51: belay.plugin.v1.ListResponse
-	(*pluginpb.Event)(nil),               // 52: belay.plugin.v1.Event
-	(*pluginpb.StatsResponse)(nil),       // 53: belay.plugin.v1.StatsResponse
-	(*pluginpb.ExecResponse)(nil),        // 54: belay.plugin.v1.ExecResponse
+	(*ListResponse)(nil),                 // 2: belay.plugin.v2.ListResponse
+	(*ImagesRequest)(nil),                // 3: belay.plugin.v2.ImagesRequest
+	(*ImagesResponse)(nil),               // 4: belay.plugin.v2.ImagesResponse
+	(*StoredImage)(nil),                  // 5: belay.plugin.v2.StoredImage
+	(*Disk)(nil),                         // 6: belay.plugin.v2.Disk
+	(*RemoveImageRequest)(nil),           // 7: belay.plugin.v2.RemoveImageRequest
+	(*RemoveImageResponse)(nil),          // 8: belay.plugin.v2.RemoveImageResponse
+	(*StartRequest)(nil),                 // 9: belay.plugin.v2.StartRequest
+	(*ContainerSpec)(nil),                // 10: belay.plugin.v2.ContainerSpec
+	(*DeviceRule)(nil),                   // 11: belay.plugin.v2.DeviceRule
+	(*Words)(nil),                        // 12: belay.plugin.v2.Words
+	(*HostEntry)(nil),                    // 13: belay.plugin.v2.HostEntry
+	(*Hook)(nil),                         // 14: belay.plugin.v2.Hook
+	(*WatchRequest)(nil),                 // 15: belay.plugin.v2.WatchRequest
+	(*DeviceInventory)(nil),              // 16: belay.plugin.v2.DeviceInventory
+	(*DeviceInfo)(nil),                   // 17: belay.plugin.v2.DeviceInfo
+	(*EditsRequest)(nil),                 // 18: belay.plugin.v2.EditsRequest
+	(*EditsResponse)(nil),                // 19: belay.plugin.v2.EditsResponse
+	(*DeviceStatsRequest)(nil),           // 20: belay.plugin.v2.DeviceStatsRequest
+	(*DeviceStatsResponse)(nil),          // 21: belay.plugin.v2.DeviceStatsResponse
+	(*DeviceStats)(nil),                  // 22: belay.plugin.v2.DeviceStats
+	nil,                                  // 23: belay.plugin.v2.ContainerSpec.SysctlsEntry
+	nil,                                  // 24: belay.plugin.v2.ContainerSpec.LabelsEntry
+	nil,                                  // 25: belay.plugin.v2.DeviceInfo.AttributesEntry
+	(*pluginpb.Container)(nil),           // 26: belay.plugin.v1.Container
+	(*pluginpb.Attempt)(nil),             // 27: belay.plugin.v1.Attempt
+	(*pluginpb.Limits)(nil),              // 28: belay.plugin.v1.Limits
+	(*pluginpb.Mount)(nil),               // 29: belay.plugin.v1.Mount
+	(*pluginpb.PortMapping)(nil),         // 30: belay.plugin.v1.PortMapping
+	(*pluginpb.Ulimit)(nil),              // 31: belay.plugin.v1.Ulimit
+	(*pluginpb.HostDevice)(nil),          // 32: belay.plugin.v1.HostDevice
+	(*pluginpb.DescribeRequest)(nil),     // 33: belay.plugin.v1.DescribeRequest
+	(*pluginpb.ConfigureRequest)(nil),    // 34: belay.plugin.v1.ConfigureRequest
+	(*pluginpb.InfoRequest)(nil),         // 35: belay.plugin.v1.InfoRequest
+	(*pluginpb.PrepareTaskRequest)(nil),  // 36: belay.plugin.v1.PrepareTaskRequest
+	(*pluginpb.RemoveTaskRequest)(nil),   // 37: belay.plugin.v1.RemoveTaskRequest
+	(*pluginpb.PullRequest)(nil),         // 38: belay.plugin.v1.PullRequest
+	(*pluginpb.StopRequest)(nil),         // 39: belay.plugin.v1.StopRequest
+	(*pluginpb.RemoveRequest)(nil),       // 40: belay.plugin.v1.RemoveRequest
+	(*pluginpb.ListRequest)(nil),         // 41: belay.plugin.v1.ListRequest
+	(*pluginpb.EventsRequest)(nil),       // 42: belay.plugin.v1.EventsRequest
+	(*pluginpb.StatsRequest)(nil),        // 43: belay.plugin.v1.StatsRequest
+	(*pluginpb.ExecRequest)(nil),         // 44: belay.plugin.v1.ExecRequest
+	(*pluginpb.ConfigureResponse)(nil),   // 45: belay.plugin.v1.ConfigureResponse
+	(*pluginpb.InfoResponse)(nil),        // 46: belay.plugin.v1.InfoResponse
+	(*pluginpb.PrepareTaskResponse)(nil), // 47: belay.plugin.v1.PrepareTaskResponse
+	(*pluginpb.RemoveTaskResponse)(nil),  // 48: belay.plugin.v1.RemoveTaskResponse
+	(*pluginpb.PullUpdate)(nil),          // 49: belay.plugin.v1.PullUpdate
+	(*pluginpb.StartResponse)(nil),       // 50: belay.plugin.v1.StartResponse
+	(*pluginpb.StopResponse)(nil),        // 51: belay.plugin.v1.StopResponse
+	(*pluginpb.RemoveResponse)(nil),      // 52: belay.plugin.v1.RemoveResponse
+	(*pluginpb.Event)(nil),               // 53: belay.plugin.v1.Event
+	(*pluginpb.StatsResponse)(nil),       // 54: belay.plugin.v1.StatsResponse
+	(*pluginpb.ExecResponse)(nil),        // 55: belay.plugin.v1.ExecResponse
 }
 var file_v2_plugin_proto_depIdxs = []int32{
 	1,  // 0: belay.plugin.v2.DescribeResponse.options:type_name -> belay.plugin.v2.Option
-	4,  // 1: belay.plugin.v2.ImagesResponse.images:type_name -> belay.plugin.v2.StoredImage
-	5,  // 2: belay.plugin.v2.ImagesResponse.disk:type_name -> belay.plugin.v2.Disk
-	25, // 3: belay.plugin.v2.StartRequest.attempt:type_name -> belay.plugin.v1.Attempt
-	9,  // 4: belay.plugin.v2.StartRequest.spec:type_name -> belay.plugin.v2.ContainerSpec
-	11, // 5: belay.plugin.v2.ContainerSpec.entry_point:type_name -> belay.plugin.v2.Words
-	26, // 6: belay.plugin.v2.ContainerSpec.limits:type_name -> belay.plugin.v1.Limits
-	27, // 7: belay.plugin.v2.ContainerSpec.mounts:type_name -> belay.plugin.v1.Mount
-	28, // 8: belay.plugin.v2.ContainerSpec.ports:type_name -> belay.plugin.v1.PortMapping
-	29, // 9: belay.plugin.v2.ContainerSpec.ulimits:type_name -> belay.plugin.v1.Ulimit
-	30, // 10: belay.plugin.v2.ContainerSpec.devices:type_name -> belay.plugin.v1.HostDevice
-	13, // 11: belay.plugin.v2.ContainerSpec.hooks:type_name -> belay.plugin.v2.Hook
-	12, // 12: belay.plugin.v2.ContainerSpec.extra_hosts:type_name -> belay.plugin.v2.HostEntry
-	22, // 13: belay.plugin.v2.ContainerSpec.sysctls:type_name -> belay.plugin.v2.ContainerSpec.SysctlsEntry
-	23, // 14: belay.plugin.v2.ContainerSpec.labels:type_name -> belay.plugin.v2.ContainerSpec.LabelsEntry
-	10, // 15: belay.plugin.v2.ContainerSpec.device_rules:type_name -> belay.plugin.v2.DeviceRule
-	16, // 16: belay.plugin.v2.DeviceInventory.devices:type_name -> belay.plugin.v2.DeviceInfo
-	24, // 17: belay.plugin.v2.DeviceInfo.attributes:type_name -> belay.plugin.v2.DeviceInfo.AttributesEntry
-	30, // 18: belay.plugin.v2.EditsResponse.devices:type_name -> belay.plugin.v1.HostDevice
-	27, // 19: belay.plugin.v2.EditsResponse.mounts:type_name -> belay.plugin.v1.Mount
-	13, // 20: belay.plugin.v2.EditsResponse.hooks:type_name -> belay.plugin.v2.Hook
-	10, // 21: belay.plugin.v2.EditsResponse.device_rules:type_name -> belay.plugin.v2.DeviceRule
-	21, // 22: belay.plugin.v2.DeviceStatsResponse.stats:type_name -> belay.plugin.v2.DeviceStats
-	31, // 23: belay.plugin.v2.Plugin.Describe:input_type -> belay.plugin.v1.DescribeRequest
-	32, // 24: belay.plugin.v2.Plugin.Configure:input_type -> belay.plugin.v1.ConfigureRequest
-	33, // 25: belay.plugin.v2.Runtime.Info:input_type -> belay.plugin.v1.InfoRequest
-	34, // 26: belay.plugin.v2.Runtime.PrepareTask:input_type -> belay.plugin.v1.PrepareTaskRequest
-	35, // 27: belay.plugin.v2.Runtime.RemoveTask:input_type -> belay.plugin.v1.RemoveTaskRequest
-	36, // 28: belay.plugin.v2.Runtime.Pull:input_type -> belay.plugin.v1.PullRequest
-	8,  // 29: belay.plugin.v2.Runtime.Start:input_type -> belay.plugin.v2.StartRequest
-	37, // 30: belay.plugin.v2.Runtime.Stop:input_type -> belay.plugin.v1.StopRequest
-	38, // 31: belay.plugin.v2.Runtime.Remove:input_type -> belay.plugin.v1.RemoveRequest
-	39, // 32: belay.plugin.v2.Runtime.List:input_type -> belay.plugin.v1.ListRequest
-	40, // 33: belay.plugin.v2.Runtime.Events:input_type -> belay.plugin.v1.EventsRequest
-	41, // 34: belay.plugin.v2.Runtime.Stats:input_type -> belay.plugin.v1.StatsRequest
-	42, // 35: belay.plugin.v2.Runtime.Exec:input_type -> belay.plugin.v1.ExecRequest
-	2,  // 36: belay.plugin.v2.Runtime.Images:input_type -> belay.plugin.v2.ImagesRequest
-	6,  // 37: belay.plugin.v2.Runtime.RemoveImage:input_type -> belay.plugin.v2.RemoveImageRequest
-	14, // 38: belay.plugin.v2.Device.Watch:input_type -> belay.plugin.v2.WatchRequest
-	17, // 39: belay.plugin.v2.Device.Edits:input_type -> belay.plugin.v2.EditsRequest
-	19, // 40: belay.plugin.v2.Device.Stats:input_type -> belay.plugin.v2.DeviceStatsRequest
-	0,  // 41: belay.plugin.v2.Plugin.Describe:output_type -> belay.plugin.v2.DescribeResponse
-	43, // 42: belay.plugin.v2.Plugin.Configure:output_type -> belay.plugin.v1.ConfigureResponse
-	44, // 43: belay.plugin.v2.Runtime.Info:output_type -> belay.plugin.v1.InfoResponse
-	45, // 44: belay.plugin.v2.Runtime.PrepareTask:output_type -> belay.plugin.v1.PrepareTaskResponse
-	46, // 45: belay.plugin.v2.Runtime.RemoveTask:output_type -> belay.plugin.v1.RemoveTaskResponse
-	47, // 46: belay.plugin.v2.Runtime.Pull:output_type -> belay.plugin.v1.PullUpdate
-	48, // 47: belay.plugin.v2.Runtime.Start:output_type -> belay.plugin.v1.StartResponse
-	49, // 48: belay.plugin.v2.Runtime.Stop:output_type -> belay.plugin.v1.StopResponse
-	50, // 49: belay.plugin.v2.Runtime.Remove:output_type -> belay.plugin.v1.RemoveResponse
-	51, // 50: belay.plugin.v2.Runtime.List:output_type -> belay.plugin.v1.ListResponse
-	52, // 51: belay.plugin.v2.Runtime.Events:output_type -> belay.plugin.v1.Event
-	53, // 52: belay.plugin.v2.Runtime.Stats:output_type -> belay.plugin.v1.StatsResponse
-	54, // 53: belay.plugin.v2.Runtime.Exec:output_type -> belay.plugin.v1.ExecResponse
-	3,  // 54: belay.plugin.v2.Runtime.Images:output_type -> belay.plugin.v2.ImagesResponse
-	7,  // 55: belay.plugin.v2.Runtime.RemoveImage:output_type -> belay.plugin.v2.RemoveImageResponse
-	15, // 56: belay.plugin.v2.Device.Watch:output_type -> belay.plugin.v2.DeviceInventory
-	18, // 57: belay.plugin.v2.Device.Edits:output_type -> belay.plugin.v2.EditsResponse
-	20, // 58: belay.plugin.v2.Device.Stats:output_type -> belay.plugin.v2.DeviceStatsResponse
-	41, // [41:59] is the sub-list for method output_type
-	23, // [23:41] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	26, // 1: belay.plugin.v2.ListResponse.containers:type_name -> belay.plugin.v1.Container
+	5,  // 2: belay.plugin.v2.ImagesResponse.images:type_name -> belay.plugin.v2.StoredImage
+	6,  // 3: belay.plugin.v2.ImagesResponse.disk:type_name -> belay.plugin.v2.Disk
+	27, // 4: belay.plugin.v2.StartRequest.attempt:type_name -> belay.plugin.v1.Attempt
+	10, // 5: belay.plugin.v2.StartRequest.spec:type_name -> belay.plugin.v2.ContainerSpec
+	12, // 6: belay.plugin.v2.ContainerSpec.entry_point:type_name -> belay.plugin.v2.Words
+	28, // 7: belay.plugin.v2.ContainerSpec.limits:type_name -> belay.plugin.v1.Limits
+	29, // 8: belay.plugin.v2.ContainerSpec.mounts:type_name -> belay.plugin.v1.Mount
+	30, // 9: belay.plugin.v2.ContainerSpec.ports:type_name -> belay.plugin.v1.PortMapping
+	31, // 10: belay.plugin.v2.ContainerSpec.ulimits:type_name -> belay.plugin.v1.Ulimit
+	32, // 11: belay.plugin.v2.ContainerSpec.devices:type_name -> belay.plugin.v1.HostDevice
+	14, // 12: belay.plugin.v2.ContainerSpec.hooks:type_name -> belay.plugin.v2.Hook
+	13, // 13: belay.plugin.v2.ContainerSpec.extra_hosts:type_name -> belay.plugin.v2.HostEntry
+	23, // 14: belay.plugin.v2.ContainerSpec.sysctls:type_name -> belay.plugin.v2.ContainerSpec.SysctlsEntry
+	24, // 15: belay.plugin.v2.ContainerSpec.labels:type_name -> belay.plugin.v2.ContainerSpec.LabelsEntry
+	11, // 16: belay.plugin.v2.ContainerSpec.device_rules:type_name -> belay.plugin.v2.DeviceRule
+	17, // 17: belay.plugin.v2.DeviceInventory.devices:type_name -> belay.plugin.v2.DeviceInfo
+	25, // 18: belay.plugin.v2.DeviceInfo.attributes:type_name -> belay.plugin.v2.DeviceInfo.AttributesEntry
+	32, // 19: belay.plugin.v2.EditsResponse.devices:type_name -> belay.plugin.v1.HostDevice
+	29, // 20: belay.plugin.v2.EditsResponse.mounts:type_name -> belay.plugin.v1.Mount
+	14, // 21: belay.plugin.v2.EditsResponse.hooks:type_name -> belay.plugin.v2.Hook
+	11, // 22: belay.plugin.v2.EditsResponse.device_rules:type_name -> belay.plugin.v2.DeviceRule
+	22, // 23: belay.plugin.v2.DeviceStatsResponse.stats:type_name -> belay.plugin.v2.DeviceStats
+	33, // 24: belay.plugin.v2.Plugin.Describe:input_type -> belay.plugin.v1.DescribeRequest
+	34, // 25: belay.plugin.v2.Plugin.Configure:input_type -> belay.plugin.v1.ConfigureRequest
+	35, // 26: belay.plugin.v2.Runtime.Info:input_type -> belay.plugin.v1.InfoRequest
+	36, // 27: belay.plugin.v2.Runtime.PrepareTask:input_type -> belay.plugin.v1.PrepareTaskRequest
+	37, // 28: belay.plugin.v2.Runtime.RemoveTask:input_type -> belay.plugin.v1.RemoveTaskRequest
+	38, // 29: belay.plugin.v2.Runtime.Pull:input_type -> belay.plugin.v1.PullRequest
+	9,  // 30: belay.plugin.v2.Runtime.Start:input_type -> belay.plugin.v2.StartRequest
+	39, // 31: belay.plugin.v2.Runtime.Stop:input_type -> belay.plugin.v1.StopRequest
+	40, // 32: belay.plugin.v2.Runtime.Remove:input_type -> belay.plugin.v1.RemoveRequest
+	41, // 33: belay.plugin.v2.Runtime.List:input_type -> belay.plugin.v1.ListRequest
+	42, // 34: belay.plugin.v2.Runtime.Events:input_type -> belay.plugin.v1.EventsRequest
+	43, // 35: belay.plugin.v2.Runtime.Stats:input_type -> belay.plugin.v1.StatsRequest
+	44, // 36: belay.plugin.v2.Runtime.Exec:input_type -> belay.plugin.v1.ExecRequest
+	3,  // 37: belay.plugin.v2.Runtime.Images:input_type -> belay.plugin.v2.ImagesRequest
+	7,  // 38: belay.plugin.v2.Runtime.RemoveImage:input_type -> belay.plugin.v2.RemoveImageRequest
+	15, // 39: belay.plugin.v2.Device.Watch:input_type -> belay.plugin.v2.WatchRequest
+	18, // 40: belay.plugin.v2.Device.Edits:input_type -> belay.plugin.v2.EditsRequest
+	20, // 41: belay.plugin.v2.Device.Stats:input_type -> belay.plugin.v2.DeviceStatsRequest
+	0,  // 42: belay.plugin.v2.Plugin.Describe:output_type -> belay.plugin.v2.DescribeResponse
+	45, // 43: belay.plugin.v2.Plugin.Configure:output_type -> belay.plugin.v1.ConfigureResponse
+	46, // 44: belay.plugin.v2.Runtime.Info:output_type -> belay.plugin.v1.InfoResponse
+	47, // 45: belay.plugin.v2.Runtime.PrepareTask:output_type -> belay.plugin.v1.PrepareTaskResponse
+	48, // 46: belay.plugin.v2.Runtime.RemoveTask:output_type -> belay.plugin.v1.RemoveTaskResponse
+	49, // 47: belay.plugin.v2.Runtime.Pull:output_type -> belay.plugin.v1.PullUpdate
+	50, // 48: belay.plugin.v2.Runtime.Start:output_type -> belay.plugin.v1.StartResponse
+	51, // 49: belay.plugin.v2.Runtime.Stop:output_type -> belay.plugin.v1.StopResponse
+	52, // 50: belay.plugin.v2.Runtime.Remove:output_type -> belay.plugin.v1.RemoveResponse
+	2,  // 51: belay.plugin.v2.Runtime.List:output_type -> belay.plugin.v2.ListResponse
+	53, // 52: belay.plugin.v2.Runtime.Events:output_type -> belay.plugin.v1.Event
+	54, // 53: belay.plugin.v2.Runtime.Stats:output_type -> belay.plugin.v1.StatsResponse
+	55, // 54: belay.plugin.v2.Runtime.Exec:output_type -> belay.plugin.v1.ExecResponse
+	4,  // 55: belay.plugin.v2.Runtime.Images:output_type -> belay.plugin.v2.ImagesResponse
+	8,  // 56: belay.plugin.v2.Runtime.RemoveImage:output_type -> belay.plugin.v2.RemoveImageResponse
+	16, // 57: belay.plugin.v2.Device.Watch:output_type -> belay.plugin.v2.DeviceInventory
+	19, // 58: belay.plugin.v2.Device.Edits:output_type -> belay.plugin.v2.EditsResponse
+	21, // 59: belay.plugin.v2.Device.Stats:output_type -> belay.plugin.v2.DeviceStatsResponse
+	42, // [42:60] is the sub-list for method output_type
+	24, // [24:42] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_v2_plugin_proto_init() }
@@ -1909,14 +1979,14 @@ func file_v2_plugin_proto_init() {
 		return
 	}
 	file_v2_plugin_proto_msgTypes[1].OneofWrappers = []any{}
-	file_v2_plugin_proto_msgTypes[21].OneofWrappers = []any{}
+	file_v2_plugin_proto_msgTypes[22].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_v2_plugin_proto_rawDesc), len(file_v2_plugin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -204,7 +204,7 @@ type RuntimeClient interface {
 	Start(ctx context.Context, in *StartRequest, opts ...grpc.CallOption) (*pluginpb.StartResponse, error)
 	Stop(ctx context.Context, in *pluginpb.StopRequest, opts ...grpc.CallOption) (*pluginpb.StopResponse, error)
 	Remove(ctx context.Context, in *pluginpb.RemoveRequest, opts ...grpc.CallOption) (*pluginpb.RemoveResponse, error)
-	List(ctx context.Context, in *pluginpb.ListRequest, opts ...grpc.CallOption) (*pluginpb.ListResponse, error)
+	List(ctx context.Context, in *pluginpb.ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	Events(ctx context.Context, in *pluginpb.EventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[pluginpb.Event], error)
 	Stats(ctx context.Context, in *pluginpb.StatsRequest, opts ...grpc.CallOption) (*pluginpb.StatsResponse, error)
 	Exec(ctx context.Context, in *pluginpb.ExecRequest, opts ...grpc.CallOption) (*pluginpb.ExecResponse, error)
@@ -300,9 +300,9 @@ func (c *runtimeClient) Remove(ctx context.Context, in *pluginpb.RemoveRequest, 
 	return out, nil
 }
 
-func (c *runtimeClient) List(ctx context.Context, in *pluginpb.ListRequest, opts ...grpc.CallOption) (*pluginpb.ListResponse, error) {
+func (c *runtimeClient) List(ctx context.Context, in *pluginpb.ListRequest, opts ...grpc.CallOption) (*ListResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(pluginpb.ListResponse)
+	out := new(ListResponse)
 	err := c.cc.Invoke(ctx, Runtime_List_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
@@ -382,7 +382,7 @@ type RuntimeServer interface {
 	Start(context.Context, *StartRequest) (*pluginpb.StartResponse, error)
 	Stop(context.Context, *pluginpb.StopRequest) (*pluginpb.StopResponse, error)
 	Remove(context.Context, *pluginpb.RemoveRequest) (*pluginpb.RemoveResponse, error)
-	List(context.Context, *pluginpb.ListRequest) (*pluginpb.ListResponse, error)
+	List(context.Context, *pluginpb.ListRequest) (*ListResponse, error)
 	Events(*pluginpb.EventsRequest, grpc.ServerStreamingServer[pluginpb.Event]) error
 	Stats(context.Context, *pluginpb.StatsRequest) (*pluginpb.StatsResponse, error)
 	Exec(context.Context, *pluginpb.ExecRequest) (*pluginpb.ExecResponse, error)
@@ -420,7 +420,7 @@ func (UnimplementedRuntimeServer) Stop(context.Context, *pluginpb.StopRequest) (
 func (UnimplementedRuntimeServer) Remove(context.Context, *pluginpb.RemoveRequest) (*pluginpb.RemoveResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Remove not implemented")
 }
-func (UnimplementedRuntimeServer) List(context.Context, *pluginpb.ListRequest) (*pluginpb.ListResponse, error) {
+func (UnimplementedRuntimeServer) List(context.Context, *pluginpb.ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
 }
 func (UnimplementedRuntimeServer) Events(*pluginpb.EventsRequest, grpc.ServerStreamingServer[pluginpb.Event]) error {
