@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -154,18 +155,27 @@ func (a *Agent) watchRuntimes(ctx context.Context, under *sync.WaitGroup) {
 		var watchers sync.WaitGroup
 		defer watchers.Wait()
 		watched := map[string]chan struct{}{}
+		over := make(chan string)
 		for {
 			for _, name := range a.cfg.Runtimes.RuntimeNames() {
 				if watched[name] == nil {
 					poke := make(chan struct{}, 1)
 					watched[name] = poke
-					watchers.Go(func() { a.watchEvents(ctx, name, poke) })
+					watchers.Go(func() {
+						a.watchEvents(ctx, name, poke)
+						select {
+						case over <- name:
+						case <-ctx.Done():
+						}
+					})
 				}
 			}
 			select {
 			case <-ctx.Done():
 				return
 			case <-pulse:
+			case name := <-over:
+				delete(watched, name)
 			case name := <-a.cfg.Runtimes.Changes():
 				a.inbox.pluginChanged()
 				select {
@@ -177,16 +187,21 @@ func (a *Agent) watchRuntimes(ctx context.Context, under *sync.WaitGroup) {
 	})
 }
 
-// watchEvents follows one runtime's events for as long as ctx lasts. Waiting for
-// them may take for ever, as long as the process is there that tells them: its
-// own loop pings it, and kills it if need be, which ends the wait.
+// watchEvents follows one runtime's events for as long as ctx lasts, or until
+// the plugin turns out to be none, or to be gone. Waiting for them may take for
+// ever, as long as the process is there that tells them: its own loop pings it,
+// and kills it if need be, which ends the wait.
 func (a *Agent) watchEvents(ctx context.Context, name string, poke <-chan struct{}) {
 	busy, unwatch := a.mind("events of "+name, watchDeadline)
 	defer unwatch()
 	wait := eventsRetry
 	for ctx.Err() == nil {
 		busy(true)
-		if rt, err := a.cfg.Runtimes.Runtime(name); err == nil {
+		rt, err := a.cfg.Runtimes.Runtime(name)
+		if errors.Is(err, sdk.NotFound) {
+			return
+		}
+		if err == nil {
 			began := a.cfg.Clock.Now()
 			busy(false)
 			_ = rt.Events(ctx, func(sdk.Attempt) { // however it broke, List repairs it

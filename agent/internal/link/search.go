@@ -38,6 +38,9 @@ const (
 	// there for a slow link.
 	dialTimeout  = 15 * time.Second
 	freshTimeout = 2500 * time.Millisecond
+	// answeredTimeout bounds a try that was answered: it waits for its turn
+	// among as many as there are, and would be the last again if it began anew.
+	answeredTimeout = time.Minute
 	// busyPatience is how long a control plane may be too busy for QUIC before
 	// TCP is tried: a handshake costs it the same there.
 	busyPatience = 15 * time.Second
@@ -234,7 +237,13 @@ func (s *search) held() bool {
 }
 
 // underway is a try that has not ended.
-type underway struct{ answered time.Time } // zero: not yet
+type underway struct {
+	way      way
+	answered time.Time // zero: not yet
+}
+
+// mostAnswered is how many answered tries of one way wait at a time.
+const mostAnswered = 2
 
 // answered tells whether a try is under way that was answered a moment ago.
 func (s *search) answered() bool {
@@ -248,9 +257,9 @@ func (s *search) answered() bool {
 	return false
 }
 
-// dial is one try. It has so long to be answered, and dialTimeout then.
+// dial is one try. It has so long to be answered, and answeredTimeout in all.
 func (s *search) dial(tries context.Context, way way, limit time.Duration) (wire.Session, error) {
-	u := &underway{}
+	u := &underway{way: way}
 	s.mu.Lock()
 	s.under[u] = true
 	s.mu.Unlock()
@@ -259,7 +268,7 @@ func (s *search) dial(tries context.Context, way way, limit time.Duration) (wire
 		defer s.mu.Unlock()
 		delete(s.under, u)
 	}()
-	ctx, cancel := context.WithTimeout(tries, dialTimeout)
+	ctx, cancel := context.WithTimeout(tries, answeredTimeout)
 	defer cancel()
 	silence := time.AfterFunc(limit, cancel)
 	defer silence.Stop()
@@ -500,6 +509,15 @@ func (s *search) claim(way way) time.Duration {
 	case s.probe:
 		return probeTimeout
 	case s.patient[way] && time.Since(s.begun[way]) < wavePatience:
+		return 0
+	}
+	waiting := 0
+	for u := range s.under {
+		if u.way == way && !u.answered.IsZero() {
+			waiting++
+		}
+	}
+	if waiting >= mostAnswered {
 		return 0
 	}
 	s.begun[way] = time.Now()

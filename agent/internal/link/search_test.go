@@ -484,6 +484,34 @@ func TestAnswersThatLeadNowhereAreNotWaitedForForEver(t *testing.T) {
 	})
 }
 
+// TestAnswersPileUpNowhere: a control plane that was stopped in the middle
+// leaves it to its kernel to answer.
+func TestAnswersPileUpNowhere(t *testing.T) {
+	var now, most atomic.Int64
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		if transport == wire.TransportTCP {
+			answered(ctx)()
+			if n := now.Add(1); n > most.Load() {
+				most.Store(n)
+			}
+			defer now.Add(-1)
+		}
+		if time.Since(w.began) > 5*time.Minute {
+			return w.open(transport, 0), nil
+		}
+		return silent(ctx)
+	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(6 * time.Minute)
+		if s := w.l.Status(); s.State != StateConnected {
+			t.Errorf("a minute after it went on: %+v", s)
+		}
+		if n := most.Load(); n > mostAnswered {
+			t.Errorf("%d connections at a time", n)
+		}
+	})
+}
+
 // TestBusy: a control plane that is too busy for QUIC is not asked over TCP as
 // well, unless it is for long, and is asked ever more rarely.
 func TestBusy(t *testing.T) {

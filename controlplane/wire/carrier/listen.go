@@ -289,10 +289,14 @@ func (l *Listener) acceptTCP() {
 	}
 }
 
+// turnTimeout is how long a connection over TCP waits for its handshake's turn.
+// Whoever gave up before is noticed when it comes.
+const turnTimeout = time.Minute
+
 // greet does the handshake of one connection, in its turn, and sends it where
 // it belongs.
 func (l *Listener) greet(raw *countedConn) {
-	waiting, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
+	waiting, cancel := context.WithTimeout(l.ctx, turnTimeout)
 	done := l.places.take(waiting, raw.RemoteAddr())
 	cancel()
 	if done == nil || hungUp(raw.Conn) {
