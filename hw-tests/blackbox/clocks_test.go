@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/belay-edge/belay/hw-tests/rig"
 )
 
@@ -42,6 +44,18 @@ func TestBoottimeThatJumps(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.agent.Kill()
+		// The agent is a child of what was killed, and ends a moment later.
+		err := rig.Until(deadline(t, patience), nil, "the agent before to end", func() error {
+			f, err := os.Open(filepath.Join(s.agent.State, "lock"))
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 		if s.agent.Bin = moved; offset == 0 {
 			s.agent.Bin = real
 		}
