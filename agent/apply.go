@@ -451,20 +451,19 @@ func (s *State) lost(t *Task, c *Container, now time.Duration) {
 
 // exit notes that the current attempt has ended. The runtime knows how long it
 // ran, where that is not 0, even when nobody looked for long after its end. But
-// it may have that from a wall clock that was set meanwhile: it ran for no
-// longer than what this boot has seen of it.
+// it may have that from a wall clock that was set meanwhile: it lengthens the
+// back-off and decides nothing else, above all not whether a restart policy
+// applies.
 func (s *State) exit(c *Container, code *int, reason string, ran, now time.Duration) {
 	c.Phase, c.ExitCode, c.Reason, c.PID, c.IP = phaseExited, code, reason, 0, ""
 	c.Removed = false
 	c.Rebooted = code == nil && c.BootID != s.BootID && !bug("reboot-unseen")
 	if c.BootID == s.BootID && c.Started {
 		c.RanFor = max(0, now-c.awakeSince())
-		if ran > 0 {
-			c.RanFor = min(c.RanFor, ran)
-		}
 	}
+	steady := c.RanFor >= steadyRun && (ran <= 0 || ran >= steadyRun)
 	c.retry = retry{}
-	if c.Rebooted || c.RanFor >= steadyRun {
+	if c.Rebooted || steady {
 		c.crashes, c.notBefore = 0, now
 		return
 	}

@@ -308,8 +308,8 @@ type Container struct {
 	Ports       []PortMapping // as bound
 	IP          string        // bridge network: the container's address
 	// RanFor is how long an exited one ran, by whatever the runtime itself
-	// knows; 0: it cannot say. List alone tells it. It may have been taken from a wall clock: the
-	// agent believes no more of it than it knows of the time itself.
+	// knows; 0: it cannot say. List alone tells it. It may have been taken from
+	// a wall clock that was set: it can lengthen the back-off, and no more.
 	RanFor time.Duration
 }
 
