@@ -35,6 +35,7 @@ var brokenRuntimes = map[string]string{
 	"rt-outlives-its-host":    "it ends when its host dies",
 	"rt-no-version":           "info is complete and constant",
 	"rt-clamps-exit-codes":    "a container starts, exits and reports its exit code",
+	"rt-counts-on":            "a container that has exited ran no longer than it did",
 	"rt-forgets-digest":       "start returns what it made",
 	"rt-relabels-adopted":     "start adopts a running attempt",
 	"rt-renames-exited":       "start adopts an exited attempt",
@@ -95,6 +96,7 @@ type flawed struct {
 	ports    map[sdk.Attempt][]sdk.PortMapping
 	ghosts   []sdk.Container
 	starting int
+	listed   int // exited containers, so far
 }
 
 // plugin keeps the two embedded types' Info apart.
@@ -439,6 +441,9 @@ func (f *flawed) List(ctx context.Context) (sdk.Inventory, error) {
 		case f.mode == "rt-clamps-exit-codes" && code == 255:
 			code = 127
 			c.ExitCode = &code
+		case f.mode == "rt-counts-on" && c.State == sdk.StateExited:
+			f.listed++
+			c.RanFor += time.Duration(f.listed)
 		case f.mode == "rt-muddles-attempts" && slices.ContainsFunc(inv.Containers, later):
 			c.ExitCode = nil
 		case f.mode == "rt-renames-adopted" && !known && c.State == sdk.StateRunning:
