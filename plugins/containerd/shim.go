@@ -128,9 +128,20 @@ const bundlePatience = 2 * time.Second
 // system is unmounted, never emptied. What runc made in its place when it was
 // no longer mounted goes.
 func clearBundle(ctx context.Context, bundle string) error {
-	for end := time.Now().Add(bundlePatience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if _, err := os.Lstat(bundle); os.IsNotExist(err) || ctx.Err() != nil {
-			return ctx.Err()
+	patience := time.NewTimer(bundlePatience)
+	defer patience.Stop()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for waiting := true; waiting; {
+		if _, err := os.Lstat(bundle); os.IsNotExist(err) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-patience.C:
+			waiting = false
+		case <-tick.C:
 		}
 	}
 	rootfs := filepath.Join(bundle, "rootfs")

@@ -95,7 +95,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		cfg.API = cfg.Tunnel
 	}
 	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session),
-		places: newPlaces(cfg.MaxHandshakes), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
+		places: newPlaces(cfg.MaxHandshakes, max(1, cfg.MaxConns/4)), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	if err := l.bind(); err != nil {
 		l.stop()

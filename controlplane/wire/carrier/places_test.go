@@ -11,7 +11,7 @@ import (
 
 func TestPlacesAreGivenInTurnAndOneSourceHasHalf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := newPlaces(4)
+		p := newPlaces(4, 100)
 		var order []int
 		got := make(chan int)
 		frees := map[int]func(){}
@@ -47,14 +47,14 @@ func TestPlacesAreGivenInTurnAndOneSourceHasHalf(t *testing.T) {
 		for _, n := range []int{2, 3, 5, 6} {
 			frees[n]()
 		}
-		if p.held != 0 || len(p.of) != 0 || len(p.waiting) != 0 {
+		if p.held != 0 || len(p.of) != 0 || len(p.wait) != 0 || len(p.waiting) != 0 {
 			t.Errorf("left: %d held, %v, %d waiting", p.held, p.of, len(p.waiting))
 		}
 	})
 }
 
 func TestWaitingForAPlaceEnds(t *testing.T) {
-	p := newPlaces(1)
+	p := newPlaces(1, 100)
 	free := p.take(t.Context(), from("192.0.2.1", 1))
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
@@ -64,6 +64,35 @@ func TestWaitingForAPlaceEnds(t *testing.T) {
 	free()
 	if p.held != 0 || len(p.waiting) != 0 {
 		t.Errorf("left: %d held, %d waiting", p.held, len(p.waiting))
+	}
+}
+
+func TestOneSourceDoesNotFillTheQueue(t *testing.T) {
+	p := newPlaces(2, 1)
+	free := p.take(t.Context(), from("192.0.2.1", 1))
+	ctx, cancel := context.WithCancel(t.Context())
+	waited := make(chan func())
+	go func() { waited <- p.take(ctx, from("192.0.2.1", 2)) }() // half is taken
+	for waiting := 0; waiting == 0; <-time.After(time.Millisecond) {
+		p.mu.Lock()
+		waiting = len(p.waiting)
+		p.mu.Unlock()
+	}
+	if p.take(t.Context(), from("192.0.2.1", 3)) != nil {
+		t.Error("more wait of one source than may")
+	}
+	other := p.take(t.Context(), from("192.0.2.2", 1))
+	if other == nil {
+		t.Fatal("another source is kept out")
+	}
+	cancel()
+	if <-waited != nil {
+		t.Error("got a place after it gave up")
+	}
+	other()
+	free()
+	if p.held != 0 || len(p.wait) != 0 {
+		t.Errorf("left: %d held, waiting %v", p.held, p.wait)
 	}
 }
 
