@@ -38,6 +38,7 @@ type device struct {
 	out    *bufio.Reader
 	pid    atomic.Int64    // of its first process, as seen from the harness
 	boots  atomic.Int64    // how often its power was cut
+	dark   atomic.Bool     // its power is being cut: processes end one by one
 	offset int64           // of its clocks to the machine's, in seconds
 	awake  int64           // how much later the agent's clocks are than the device's
 	atBoot map[string]bool // its mounts before anything of ours ran
@@ -275,11 +276,14 @@ func (d *device) cut() error {
 	if d.cmd == nil {
 		return nil
 	}
-	d.boots.Add(1) // first: whoever sees a process end looks at it
+	// First: whoever sees a process end looks at these.
+	d.dark.Store(true)
+	d.boots.Add(1)
 	if err := d.cmd.Process.Kill(); err != nil {
 		return err
 	}
 	_ = d.cmd.Wait() // killed, as it shall be
+	d.dark.Store(false)
 	d.cmd = nil
 	return d.wipeCgroups()
 }

@@ -214,6 +214,7 @@ func (o *observer) heard(by string, of map[string]*seen, t apiTask) {
 // look samples the device once.
 func (o *observer) look(ctx context.Context) {
 	boot := int(o.s.device.boots.Load())
+	dark := o.s.device.dark.Load() // after boots: see cut
 	mains := alive()
 	held, err := o.s.held(ctx)
 	o.mu.Lock()
@@ -234,7 +235,7 @@ func (o *observer) look(ctx context.Context) {
 			o.heard("the agent", o.device, t)
 		}
 	}
-	if boot != int(o.s.device.boots.Load()) {
+	if dark || boot != int(o.s.device.boots.Load()) {
 		o.mains = map[who]sighting{} // it was rebooted meanwhile
 		return
 	}
