@@ -168,6 +168,10 @@ func (o *observer) heard(by string, of map[string]*seen, t apiTask) {
 		before = &seen{attempts: map[string]int{}}
 		of[t.ID] = before
 	}
+	if by == "the agent" && before.end != "" && unheardOf(t) {
+		// Forgotten and heard of again between two looks.
+		before.attempts, before.end = map[string]int{}, ""
+	}
 	o.checks["no status goes backwards"]++
 	if rank(t.LastStatus) < rank(before.status) {
 		o.violation("%s: task %s (%s) went from %s back to %s", by, t.ID, sub.breed, before.status, t.LastStatus)
@@ -209,6 +213,12 @@ func (o *observer) heard(by string, of map[string]*seen, t apiTask) {
 		before.end = end
 	}
 	before.status, before.desired = t.LastStatus, t.DesiredStatus
+}
+
+// unheardOf tells a task that ended of which an agent knows no more than that:
+// one that it has forgotten, and was then told to stop.
+func unheardOf(t apiTask) bool {
+	return t.LastStatus == "STOPPED" && !slices.ContainsFunc(t.Containers, func(c apiContainer) bool { return c.Attempt > 0 })
 }
 
 // look samples the device once.
