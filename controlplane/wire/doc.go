@@ -27,6 +27,17 @@
 // Ping every 3 s and nothing else; agents that do not know nudges ignore them.
 // Over TCP there is no need: the kernel resets what it does not know.
 //
+// # Knocks
+//
+// Before a handshake over QUIC an agent that has had no answer for a while, or
+// whose session has just ended, asks by one small datagram whether the control
+// plane is there and when it has time; package carrier says what is in it and in
+// the answer. So waiting for a control plane costs a metered link little, and
+// thousands that wait for the same one come one after the other. The answer
+// proves nothing: what follows is the handshake, and an agent that gets none
+// begins a handshake all the same now and then. A control plane that does not
+// know knocks is reached that way, or over TCP.
+//
 // # Several ways, one session
 //
 // An agent may dial several ways at once, and may dial others while its session

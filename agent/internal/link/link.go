@@ -289,8 +289,10 @@ func (l *Link) dialCarrier(ctx context.Context, transport, address string) (wire
 	l.mu.Lock()
 	resolver := l.resolver
 	l.mu.Unlock()
+	word := wordsOf(ctx)
 	return carrier.Dial(ctx, carrier.DialConfig{
 		Address: address, Transport: transport, Protocol: wire.ProtocolTunnel,
-		Certificate: l.cert, Pins: l.cfg.Pins, Proxy: l.cfg.Proxy, Resolver: resolver, Answered: answered(ctx),
+		Certificate: l.cert, Pins: l.cfg.Pins, Proxy: l.cfg.Proxy, Resolver: resolver,
+		Answered: word.answered, Knock: word.turn != nil, Turn: word.turn,
 	})
 }

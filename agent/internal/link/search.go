@@ -25,6 +25,11 @@ const (
 	// raceWidth is how many addresses one wave tries: the preferred one, and
 	// the others by turns.
 	raceWidth = 4
+	// outright is how many waves there are to one whose tries over QUIC begin
+	// with the handshake, as the very first does. The others knock before, which
+	// costs next to nothing, and after the end of a session many may come at once;
+	// but something on the way may let QUIC through and no knock.
+	outright = 16
 	// wavePatience is how long a wave has before another may be started beside
 	// it: packets that were lost are repeated ever more rarely, and what comes
 	// back after a cut is met by new ones.
@@ -75,6 +80,7 @@ type search struct {
 	probe   bool // QUIC only, and once
 	doubted bool // there is a session, in doubt
 	began   time.Time
+	sooner  int // how many waves are not made of outright
 
 	ctx    context.Context // ends with the search
 	cancel context.CancelFunc
@@ -141,6 +147,9 @@ func (s *search) kick() {
 
 func (s *search) run(ctx context.Context, after error) {
 	err := after
+	if after != nil {
+		s.sooner = 1
+	}
 	for n := 0; ; n++ {
 		if err != nil && !s.rest(err) {
 			return
@@ -259,6 +268,7 @@ func (s *search) failure(w *wave) error {
 // wave is one try of several ways.
 type wave struct {
 	ways   []way
+	knocks bool          // its tries over QUIC ask first when to come
 	done   chan struct{} // closed when every try has failed
 	noQUIC chan struct{} // closed when every try over QUIC has
 
@@ -267,7 +277,7 @@ type wave struct {
 	quic    int
 	started map[way]bool
 	wrong   map[string]bool // addresses that have another key
-	spared  map[string]bool // addresses that are busy
+	spared  map[string]bool // addresses that are busy, or have named a time to come over QUIC
 }
 
 func (w *wave) asked(way way) bool {
@@ -278,7 +288,7 @@ func (w *wave) asked(way way) bool {
 
 // launch starts the wave of number n.
 func (s *search) launch(ctx context.Context, n int) *wave {
-	w := &wave{done: make(chan struct{}), noQUIC: make(chan struct{}), started: map[way]bool{}, wrong: map[string]bool{}, spared: map[string]bool{}}
+	w := &wave{knocks: !s.probe && (n+s.sooner)%outright != 0, done: make(chan struct{}), noQUIC: make(chan struct{}), started: map[way]bool{}, wrong: map[string]bool{}, spared: map[string]bool{}}
 	addresses := s.l.candidates(n)
 	transports := []string{s.l.cfg.Transport}
 	switch {
@@ -336,8 +346,8 @@ func (s *search) end(w *wave, way way, err error) {
 	if errors.Is(err, carrier.ErrWrongPin) {
 		w.wrong[way.address] = true
 	}
-	if errors.Is(err, carrier.ErrBusy) && time.Since(s.began) < busyPatience {
-		w.spared[way.address] = true
+	if errors.Is(err, carrier.ErrBusy) {
+		s.spare(w, way)
 	}
 	if w.left--; w.left == 0 {
 		close(w.done)
@@ -346,6 +356,13 @@ func (s *search) end(w *wave, way way, err error) {
 		if w.quic--; w.quic == 0 {
 			close(w.noQUIC)
 		}
+	}
+}
+
+// spare has an address not tried over TCP as well; w.mu is held.
+func (s *search) spare(w *wave, way way) {
+	if time.Since(s.began) < busyPatience {
+		w.spared[way.address] = true
 	}
 }
 
@@ -358,7 +375,17 @@ func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Du
 	if limit == 0 {
 		return context.Canceled
 	}
-	conn, err := s.dial(tries, way, limit)
+	var told func(time.Duration)
+	if w.knocks && way.transport == wire.TransportQUIC {
+		told = func(wait time.Duration) {
+			if wait > 0 {
+				w.mu.Lock()
+				s.spare(w, way)
+				w.mu.Unlock()
+			}
+		}
+	}
+	conn, err := s.dial(tries, way, limit, told)
 	s.release(way, limit)
 	if err != nil {
 		if tries.Err() != nil {
@@ -374,7 +401,7 @@ func (s *search) callQUIC(ctx, tries context.Context, address string) {
 	over := make(chan struct{})
 	s.work.Go(func() {
 		defer close(over)
-		conn, err := s.dial(tries, way{wire.TransportQUIC, address}, freshTimeout)
+		conn, err := s.dial(tries, way{wire.TransportQUIC, address}, freshTimeout, nil)
 		if err == nil {
 			// What comes of it, the tries of the wave would tell, too.
 			_ = s.use(ctx, tries, conn, way{wire.TransportQUIC, address})

@@ -451,7 +451,7 @@ func TestBlockedMidSessionTCPTakesOverWithinFiveSeconds(t *testing.T) {
 func TestWhatAnswersIsWaitedFor(t *testing.T) {
 	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
 		<-time.After(100 * time.Millisecond)
-		answered(ctx)()
+		wordsOf(ctx).answered()
 		return at(transport, 4*time.Second, 0)(ctx, w)
 	}
 	inWorld(t, nil, dial, func(t *testing.T, w *world) {
@@ -471,7 +471,7 @@ func TestWhatAnswersIsWaitedFor(t *testing.T) {
 func TestAnswersThatLeadNowhereAreNotWaitedForForEver(t *testing.T) {
 	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
 		if time.Since(w.began) < time.Second {
-			answered(ctx)()
+			wordsOf(ctx).answered()
 			return silent(ctx)
 		}
 		return comesBack(transport, 30*time.Second, 0, 200, 600, 1400)(ctx, w)
@@ -490,7 +490,7 @@ func TestAnswersPileUpNowhere(t *testing.T) {
 	var now, most atomic.Int64
 	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
 		if transport == wire.TransportTCP {
-			answered(ctx)()
+			wordsOf(ctx).answered()
 			if n := now.Add(1); n > most.Load() {
 				most.Store(n)
 			}
@@ -566,4 +566,101 @@ func TestQUICIsProbedForEverEverMoreRarely(t *testing.T) {
 			t.Errorf("%d sessions, hellos %v", w.live(), w.told(&w.hello))
 		}
 	})
+}
+
+// TestKnocks: what has never been reached, and every so often what was, is
+// tried outright; all else asks before.
+func TestKnocks(t *testing.T) {
+	var outrights, knocks, tcp atomic.Int64
+	var lastOutright atomic.Int64
+	var back atomic.Bool
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		if back.Load() {
+			return w.open(transport, 0), nil
+		}
+		switch {
+		case transport == wire.TransportTCP && wordsOf(ctx).turn != nil:
+			t.Error("TCP is to knock")
+		case transport == wire.TransportTCP:
+			tcp.Add(1)
+		case wordsOf(ctx).turn != nil:
+			knocks.Add(1)
+		default:
+			outrights.Add(1)
+			lastOutright.Store(int64(time.Since(w.began)))
+		}
+		return silent(ctx)
+	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(500 * time.Millisecond)
+		if outrights.Load() != 1 || knocks.Load() != 0 {
+			t.Errorf("begins with %d outright and %d knocks", outrights.Load(), knocks.Load())
+		}
+		<-time.After(time.Hour)
+		if o, k := outrights.Load(), knocks.Load(); o < k/20 || o > k/10 || o < 10 {
+			t.Errorf("%d outright and %d knocks in an hour", o, k)
+		}
+		if since := time.Since(w.began) - time.Duration(lastOutright.Load()); since > 5*time.Minute {
+			t.Errorf("not tried outright for %s", since)
+		}
+		back.Store(true)
+		<-time.After(longCap + time.Second)
+		if s := w.l.Status(); s.State != StateConnected {
+			t.Fatalf("it is %+v", s)
+		}
+		back.Store(false)
+		before := outrights.Load()
+		w.conns[len(w.conns)-1].Close("", "")
+		<-time.After(5 * time.Second)
+		if o := outrights.Load(); o != before {
+			t.Errorf("after the end of a session tried outright %d times", o-before)
+		}
+	})
+}
+
+// TestTurnIsWaitedFor: a control plane that has named a time is asked nothing
+// else until then, over TCP neither.
+func TestTurnIsWaitedFor(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		turn  time.Duration
+		takes time.Duration // from then on; 0: nothing comes of it
+		over  string
+		after time.Duration
+	}{
+		{"soon", 2 * time.Second, 100 * time.Millisecond, wire.TransportQUIC, 3 * time.Second},
+		{"late", 29 * time.Second, time.Second, wire.TransportQUIC, 32 * time.Second},
+		{"nothing comes of it", 5 * time.Second, 0, wire.TransportTCP, busyPatience + 10*time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var asked atomic.Int64
+			dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+				turn := wordsOf(ctx).turn
+				switch {
+				case transport == wire.TransportTCP && time.Since(w.began) < tt.turn:
+					t.Errorf("asked over TCP after %s", time.Since(w.began))
+				case transport == wire.TransportTCP:
+					return w.open(transport, 0), nil
+				case turn == nil:
+					return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, carrier.ErrBusy)
+				}
+				asked.Add(1)
+				turn(tt.turn)
+				if tt.takes == 0 {
+					return silent(ctx)
+				}
+				<-time.After(tt.turn)
+				return at(transport, tt.takes, 0)(ctx, w)
+			}
+			inWorld(t, nil, dial, func(t *testing.T, w *world) {
+				<-time.After(tt.after)
+				if s := w.l.Status(); s.State != StateConnected || s.Transport != tt.over {
+					t.Errorf("after %s it is %+v, want it connected over %s", tt.after, s, tt.over)
+				}
+				if n := asked.Load(); tt.takes > 0 && n != 1 {
+					t.Errorf("asked %d times", n)
+				}
+			})
+		})
+	}
 }

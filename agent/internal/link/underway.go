@@ -13,6 +13,7 @@ import (
 type underway struct {
 	way      way
 	answered time.Time // zero: not yet
+	turn     time.Time // when its handshake begins, as it was told; zero: it was told nothing
 }
 
 // mostAnswered is how many answered tries of one way wait at a time.
@@ -23,15 +24,17 @@ func (s *search) answered() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for u := range s.under {
-		if time.Since(u.answered) < answerPatience {
+		if time.Since(u.answered) < answerPatience || time.Since(u.turn) < wavePatience {
 			return true
 		}
 	}
 	return false
 }
 
-// dial is one try. It has so long to be answered, and answeredTimeout in all.
-func (s *search) dial(tries context.Context, way way, limit time.Duration) (wire.Session, error) {
+// dial is one try. It has so long to be answered, from the time on at which it
+// was told to come, and answeredTimeout in all. What it is told of that goes to
+// told, too, which may be nil: it does not knock.
+func (s *search) dial(tries context.Context, way way, limit time.Duration, told func(wait time.Duration)) (wire.Session, error) {
 	u := &underway{way: way}
 	s.mu.Lock()
 	s.under[u] = true
@@ -45,24 +48,43 @@ func (s *search) dial(tries context.Context, way way, limit time.Duration) (wire
 	defer cancel()
 	silence := time.AfterFunc(limit, cancel)
 	defer silence.Stop()
-	conn, err := s.l.cfg.dial(context.WithValue(ctx, answeredKey{}, func() {
+	word := words{answered: func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if !u.answered.IsZero() || !silence.Stop() {
 			return
 		}
 		u.answered = time.Now()
-	}), way.transport, way.address)
+	}}
+	if told != nil {
+		word.turn = func(wait time.Duration) {
+			s.mu.Lock()
+			if u.turn.IsZero() && u.answered.IsZero() && silence.Stop() {
+				u.turn = time.Now().Add(wait)
+				silence.Reset(wait + limit)
+			}
+			s.mu.Unlock()
+			told(wait)
+		}
+	}
+	conn, err := s.l.cfg.dial(context.WithValue(ctx, wordsKey{}, word), way.transport, way.address)
 	if err != nil && ctx.Err() != nil && tries.Err() == nil {
 		err = fmt.Errorf("dial %s over %s: %w in time", way.address, way.transport, carrier.ErrUnreachable)
 	}
 	return conn, err
 }
 
-// answeredKey finds in a dial's context what notes that it was answered.
-type answeredKey struct{}
+// words are what a dial says while it is under way; a turn that is nil is not to
+// be asked for.
+type words struct {
+	answered func()
+	turn     func(wait time.Duration)
+}
 
-func answered(ctx context.Context) func() {
-	f, _ := ctx.Value(answeredKey{}).(func())
-	return f
+// wordsKey finds them in a dial's context.
+type wordsKey struct{}
+
+func wordsOf(ctx context.Context) words {
+	w, _ := ctx.Value(wordsKey{}).(words)
+	return w
 }

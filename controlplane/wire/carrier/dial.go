@@ -30,6 +30,11 @@ type DialConfig struct {
 	Proxy       *Proxy          // for TCP; nil: directly
 	Resolver    *Resolver       // nil: one that remembers nothing
 	Answered    func()          // called once when the other side has answered and the handshake goes on; nil: nobody asks
+	// Knock asks first when to begin the handshake, see ask; over QUIC only. Turn
+	// is called with the answer, which nothing proves to be the control plane's;
+	// nil: nobody asks.
+	Knock bool
+	Turn  func(wait time.Duration)
 }
 
 // Dial opens a session. ctx bounds the dialling only. Errors: ErrWrongPin,
@@ -47,6 +52,9 @@ func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
 		cfg.Answered = func() {}
 	}
 	cfg.Answered = sync.OnceFunc(cfg.Answered)
+	if cfg.Turn == nil {
+		cfg.Turn = func(time.Duration) {}
+	}
 	verify := conf.VerifyConnection
 	conf.VerifyConnection = func(s tls.ConnectionState) error {
 		cfg.Answered()
@@ -56,7 +64,7 @@ func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
 	var err error
 	switch cfg.Transport {
 	case wire.TransportQUIC:
-		s, err = dialQUIC(ctx, cfg.Address, conf, cfg.Resolver)
+		s, err = dialQUIC(ctx, cfg, conf)
 	case wire.TransportTCP:
 		s, err = dialTCP(ctx, cfg, conf)
 	default:
@@ -137,23 +145,29 @@ func overTLS(ctx context.Context, raw net.Conn, conf *tls.Config) (wire.Session,
 
 // dialQUIC races the addresses of the host: a UDP port where nobody listens only
 // stays silent, as ::1 does when a control plane listens on 127.0.0.1.
-func dialQUIC(ctx context.Context, address string, conf *tls.Config, r *Resolver) (wire.Session, error) {
-	addrs, err := r.resolve(ctx, "udp", address)
+func dialQUIC(ctx context.Context, cfg DialConfig, conf *tls.Config) (wire.Session, error) {
+	addrs, err := cfg.Resolver.resolve(ctx, "udp", cfg.Address)
 	if err != nil {
 		return nil, err
 	}
 	return race(ctx, len(addrs), func(ctx context.Context, i int) (wire.Session, error) {
-		return dialQUICAddr(ctx, addrs[i], conf)
+		return dialQUICAddr(ctx, cfg, addrs[i], conf)
 	}, func(late wire.Session) { late.Close("", "") })
 }
 
-func dialQUICAddr(ctx context.Context, addr netip.AddrPort, conf *tls.Config) (wire.Session, error) {
+func dialQUICAddr(ctx context.Context, cfg DialConfig, addr netip.AddrPort, conf *tls.Config) (wire.Session, error) {
 	quietQUIC()
 	// A wildcard socket, never connected: it survives a change of the
 	// device's address and a NAT that forgets.
 	sock, err := net.ListenUDP("udp", nil)
 	if err != nil {
 		return nil, fmt.Errorf("open a UDP socket: %w", err)
+	}
+	if cfg.Knock {
+		if err := knock(ctx, cfg, sock, addr); err != nil {
+			_ = sock.Close()
+			return nil, err
+		}
 	}
 	tr := &quic.Transport{Conn: sock}
 	release := func() {
@@ -175,6 +189,23 @@ func dialQUICAddr(ctx context.Context, addr netip.AddrPort, conf *tls.Config) (w
 	go watchSilence(s)
 	go watchNudges(tr.ReadNonQUICPacket, conn.RemoteAddr, s.raiseDoubt)
 	return s, nil
+}
+
+// knock waits for the time that the control plane names.
+func knock(ctx context.Context, cfg DialConfig, sock *net.UDPConn, addr netip.AddrPort) error {
+	wait, err := ask(ctx, sock, addr)
+	if err != nil {
+		return err
+	}
+	cfg.Turn(wait)
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // watchSilence signals doubt when packets were sent and nothing came back for

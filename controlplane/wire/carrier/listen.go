@@ -33,6 +33,7 @@ type ListenConfig struct {
 	MaxConns         int           // over both transports each; 0: 20000
 	MaxHandshakes    int           // unfinished at once, over both transports each; 0: see handshakes. One source address may have half
 	HandshakeTimeout time.Duration // 0: 10 s
+	HandshakeRate    int           // a second, of devices that asked when to come; 0: 200 for each CPU
 }
 
 // Listener is one port, TCP and UDP: tunnels and enrolments from both come out
@@ -91,6 +92,9 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	if cfg.HandshakeTimeout == 0 {
 		cfg.HandshakeTimeout = 10 * time.Second
 	}
+	if cfg.HandshakeRate == 0 {
+		cfg.HandshakeRate = 200 * runtime.GOMAXPROCS(0)
+	}
 	if cfg.API.Certificate == nil {
 		cfg.API = cfg.Tunnel
 	}
@@ -124,6 +128,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	}
 	l.loops.Go(l.acceptTCP)
 	l.loops.Go(l.acceptQUIC)
+	l.loops.Go(l.answerKnocks)
 	return l, nil
 }
 
