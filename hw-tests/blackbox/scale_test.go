@@ -14,10 +14,10 @@ import (
 	"github.com/belay-edge/belay/hw-tests/rig"
 )
 
-// cost is what a process has taken: its CPU time and its memory at the most.
+// cost is what a process has taken: its CPU time and its memory, in KiB.
 type cost struct {
-	cpu  time.Duration
-	peak int // KiB, since the process began or forgetPeak
+	cpu       time.Duration
+	peak, now int // peak since the process began
 }
 
 func costOf(b *testing.B, pid int) (c cost) {
@@ -38,8 +38,15 @@ func costOf(b *testing.B, pid int) (c cost) {
 		b.Fatal(err)
 	}
 	for line := range strings.Lines(string(status)) {
-		if f := strings.Fields(line); len(f) > 1 && f[0] == "VmHWM:" {
-			c.peak, _ = strconv.Atoi(f[1])
+		f := strings.Fields(line)
+		if len(f) < 2 {
+			continue
+		}
+		switch n, _ := strconv.Atoi(f[1]); f[0] {
+		case "VmHWM:":
+			c.peak = n
+		case "VmRSS:":
+			c.now = n
 		}
 	}
 	return c
@@ -131,9 +138,9 @@ func report(b *testing.B, what string, c *rig.Control, begun time.Time, back map
 	}
 	slices.Sort(at)
 	spent := costOf(b, c.PID())
-	fmt.Printf("\ncontrol plane %s\n  devices back %d (QUIC %d, TCP %d): first %s, p50 %s, p99 %s, last %s\n  control plane: %s of CPU, %d KiB at most\n",
+	fmt.Printf("\ncontrol plane %s\n  devices back %d (QUIC %d, TCP %d): first %s, p50 %s, p99 %s, last %s\n  control plane: %s of CPU, %d KiB at most, %d KiB now\n",
 		what, len(at), transports["quic"], transports["tcp"], round(at[0]), round(quantile(at, 0.5)), round(quantile(at, 0.99)), round(at[len(at)-1]),
-		spent.cpu, spent.peak)
+		spent.cpu, spent.peak, spent.now)
 	var wave int
 	for i := range at {
 		n, _ := slices.BinarySearch(at, at[i]+100*time.Millisecond)

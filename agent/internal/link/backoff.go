@@ -14,8 +14,8 @@ const (
 	silenceCap  = time.Second      // for the first patience after the link was lost
 	longCap     = 15 * time.Second // later
 	patience    = 2 * time.Minute
-	refusalCap  = time.Minute // also the most a server may ask for
-	busyCap     = time.Minute
+	refusalCap  = time.Minute      // also the most a server may ask for
+	busyCap     = 15 * time.Second // what follows is a knock
 	stable      = 3 * time.Second
 )
 
@@ -53,6 +53,7 @@ func (b *backoff) next(now time.Time, err error) time.Duration {
 	}
 	least := time.Duration(0)
 	var refusal *wire.Error
+	var busy *carrier.BusyError
 	switch {
 	case errors.As(err, &refusal) && refused(refusal.Code):
 		if hopeless(refusal.Code) {
@@ -63,6 +64,8 @@ func (b *backoff) next(now time.Time, err error) time.Duration {
 		least = min(refusal.RetryAfter, refusalCap)
 	case errors.As(err, &refusal):
 		least = min(refusal.RetryAfter, refusalCap)
+	case errors.As(err, &busy) && busy.Again > 0:
+		return min(busy.Again, refusalCap) // a time of this device's own
 	case errors.Is(err, carrier.ErrBusy):
 		limit = busyCap
 	case errors.Is(err, carrier.ErrWrongPin), errors.Is(err, carrier.ErrNotControlPlane):

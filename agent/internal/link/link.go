@@ -293,6 +293,6 @@ func (l *Link) dialCarrier(ctx context.Context, transport, address string) (wire
 	return carrier.Dial(ctx, carrier.DialConfig{
 		Address: address, Transport: transport, Protocol: wire.ProtocolTunnel,
 		Certificate: l.cert, Pins: l.cfg.Pins, Proxy: l.cfg.Proxy, Resolver: resolver,
-		Answered: word.answered, Knock: word.turn != nil, Turn: word.turn,
+		Answered: word.answered, Knock: word.let != nil, Let: word.let,
 	})
 }

@@ -26,10 +26,11 @@ const (
 	// the others by turns.
 	raceWidth = 4
 	// outright is how many waves there are to one whose tries over QUIC begin
-	// with the handshake, as the very first does. The others knock before, which
-	// costs next to nothing, and after the end of a session many may come at once;
-	// but something on the way may let QUIC through and no knock.
-	outright = 16
+	// with the handshake while no knock was answered, as the very first does. The
+	// others knock before, which costs next to nothing, and after the end of a
+	// session many may come at once; but something on the way may let QUIC through
+	// and no knock.
+	outright = 32
 	// wavePatience is how long a wave has before another may be started beside
 	// it: packets that were lost are repeated ever more rarely, and what comes
 	// back after a cut is met by new ones.
@@ -48,7 +49,7 @@ const (
 	answeredTimeout = time.Minute
 	// busyPatience is how long a control plane may be too busy for QUIC before
 	// TCP is tried: a handshake costs it the same there.
-	busyPatience = 15 * time.Second
+	busyPatience = time.Minute
 	// probeTimeout is for trying QUIC beside a session over TCP.
 	probeTimeout = 3 * time.Second
 	// registerTimeout bounds the answer to Hello, registerPatience too when
@@ -80,7 +81,7 @@ type search struct {
 	probe   bool // QUIC only, and once
 	doubted bool // there is a session, in doubt
 	began   time.Time
-	sooner  int // how many waves are not made of outright
+	crowded bool // a session has ended, of others perhaps too: the first wave knocks as well
 
 	ctx    context.Context // ends with the search
 	cancel context.CancelFunc
@@ -103,6 +104,7 @@ type search struct {
 	begun   map[way]time.Time // its latest try
 	latest  map[way]error     // of tries that failed
 	under   map[*underway]bool
+	heard   bool // a knock was answered
 }
 
 // seek starts a search. After says why it is needed; nil: do not wait for
@@ -147,9 +149,7 @@ func (s *search) kick() {
 
 func (s *search) run(ctx context.Context, after error) {
 	err := after
-	if after != nil {
-		s.sooner = 1
-	}
+	s.crowded = after != nil || s.doubted
 	for n := 0; ; n++ {
 		if err != nil && !s.rest(err) {
 			return
@@ -277,7 +277,7 @@ type wave struct {
 	quic    int
 	started map[way]bool
 	wrong   map[string]bool // addresses that have another key
-	spared  map[string]bool // addresses that are busy, or have named a time to come over QUIC
+	spared  map[string]bool // addresses that are busy
 }
 
 func (w *wave) asked(way way) bool {
@@ -288,7 +288,7 @@ func (w *wave) asked(way way) bool {
 
 // launch starts the wave of number n.
 func (s *search) launch(ctx context.Context, n int) *wave {
-	w := &wave{knocks: !s.probe && (n+s.sooner)%outright != 0, done: make(chan struct{}), noQUIC: make(chan struct{}), started: map[way]bool{}, wrong: map[string]bool{}, spared: map[string]bool{}}
+	w := &wave{knocks: s.knocks(n), done: make(chan struct{}), noQUIC: make(chan struct{}), started: map[way]bool{}, wrong: map[string]bool{}, spared: map[string]bool{}}
 	addresses := s.l.candidates(n)
 	transports := []string{s.l.cfg.Transport}
 	switch {
@@ -324,6 +324,16 @@ func (s *search) launch(ctx context.Context, n int) *wave {
 	return w
 }
 
+// knocks tells whether the wave of number n knocks before it begins handshakes.
+func (s *search) knocks(n int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.crowded {
+		n++
+	}
+	return !s.probe && (s.heard || n%outright != 0)
+}
+
 // headStart is how much later than QUIC TCP is tried.
 func (s *search) headStart() time.Duration {
 	if s.doubted || s.l.quicFailed() {
@@ -346,8 +356,8 @@ func (s *search) end(w *wave, way way, err error) {
 	if errors.Is(err, carrier.ErrWrongPin) {
 		w.wrong[way.address] = true
 	}
-	if errors.Is(err, carrier.ErrBusy) {
-		s.spare(w, way)
+	if errors.Is(err, carrier.ErrBusy) && time.Since(s.began) < busyPatience {
+		w.spared[way.address] = true
 	}
 	if w.left--; w.left == 0 {
 		close(w.done)
@@ -356,13 +366,6 @@ func (s *search) end(w *wave, way way, err error) {
 		if w.quic--; w.quic == 0 {
 			close(w.noQUIC)
 		}
-	}
-}
-
-// spare has an address not tried over TCP as well; w.mu is held.
-func (s *search) spare(w *wave, way way) {
-	if time.Since(s.began) < busyPatience {
-		w.spared[way.address] = true
 	}
 }
 
@@ -375,17 +378,7 @@ func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Du
 	if limit == 0 {
 		return context.Canceled
 	}
-	var told func(time.Duration)
-	if w.knocks && way.transport == wire.TransportQUIC {
-		told = func(wait time.Duration) {
-			if wait > 0 {
-				w.mu.Lock()
-				s.spare(w, way)
-				w.mu.Unlock()
-			}
-		}
-	}
-	conn, err := s.dial(tries, way, limit, told)
+	conn, err := s.dial(tries, way, limit, w.knocks && way.transport == wire.TransportQUIC)
 	s.release(way, limit)
 	if err != nil {
 		if tries.Err() != nil {
@@ -401,7 +394,7 @@ func (s *search) callQUIC(ctx, tries context.Context, address string) {
 	over := make(chan struct{})
 	s.work.Go(func() {
 		defer close(over)
-		conn, err := s.dial(tries, way{wire.TransportQUIC, address}, freshTimeout, nil)
+		conn, err := s.dial(tries, way{wire.TransportQUIC, address}, freshTimeout, s.crowded)
 		if err == nil {
 			// What comes of it, the tries of the wave would tell, too.
 			_ = s.use(ctx, tries, conn, way{wire.TransportQUIC, address})
@@ -416,9 +409,16 @@ func (s *search) callQUIC(ctx, tries context.Context, address string) {
 	}
 }
 
+// busy tells whether the control plane there said so last, over QUIC.
+func (s *search) busy(address string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return errors.Is(s.latest[way{wire.TransportQUIC, address}], carrier.ErrBusy)
+}
+
 // use waits for the turn of a way that has shaken hands, and registers.
 func (s *search) use(ctx, tries context.Context, conn wire.Session, way way) error {
-	if way.transport == wire.TransportTCP && s.l.cfg.Transport == TransportAuto && !s.l.quicFailed() {
+	if way.transport == wire.TransportTCP && s.l.cfg.Transport == TransportAuto && !s.l.quicFailed() && !s.busy(way.address) {
 		s.callQUIC(ctx, tries, way.address)
 	}
 	if err := s.await(tries, conn); err != nil {

@@ -568,10 +568,10 @@ func TestQUICIsProbedForEverEverMoreRarely(t *testing.T) {
 	})
 }
 
-// TestKnocks: what has never been reached, and every so often what was, is
-// tried outright; all else asks before.
+// TestKnocks: what has never been reached is tried outright first, and every so
+// often again; all else asks before.
 func TestKnocks(t *testing.T) {
-	var outrights, knocks, tcp atomic.Int64
+	var outrights, knocks atomic.Int64
 	var lastOutright atomic.Int64
 	var back atomic.Bool
 	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
@@ -579,11 +579,11 @@ func TestKnocks(t *testing.T) {
 			return w.open(transport, 0), nil
 		}
 		switch {
-		case transport == wire.TransportTCP && wordsOf(ctx).turn != nil:
-			t.Error("TCP is to knock")
 		case transport == wire.TransportTCP:
-			tcp.Add(1)
-		case wordsOf(ctx).turn != nil:
+			if wordsOf(ctx).let != nil {
+				t.Error("TCP is to knock")
+			}
+		case wordsOf(ctx).let != nil:
 			knocks.Add(1)
 		default:
 			outrights.Add(1)
@@ -597,10 +597,10 @@ func TestKnocks(t *testing.T) {
 			t.Errorf("begins with %d outright and %d knocks", outrights.Load(), knocks.Load())
 		}
 		<-time.After(time.Hour)
-		if o, k := outrights.Load(), knocks.Load(); o < k/20 || o > k/10 || o < 10 {
+		if o, k := outrights.Load(), knocks.Load(); o < k/40 || o > k/20 || o < 8 {
 			t.Errorf("%d outright and %d knocks in an hour", o, k)
 		}
-		if since := time.Since(w.began) - time.Duration(lastOutright.Load()); since > 5*time.Minute {
+		if since := time.Since(w.began) - time.Duration(lastOutright.Load()); since > 8*time.Minute {
 			t.Errorf("not tried outright for %s", since)
 		}
 		back.Store(true)
@@ -610,7 +610,10 @@ func TestKnocks(t *testing.T) {
 		}
 		back.Store(false)
 		before := outrights.Load()
-		w.conns[len(w.conns)-1].Close("", "")
+		w.mu.Lock()
+		last := w.conns[len(w.conns)-1]
+		w.mu.Unlock()
+		last.Close("", "")
 		<-time.After(5 * time.Second)
 		if o := outrights.Load(); o != before {
 			t.Errorf("after the end of a session tried outright %d times", o-before)
@@ -618,49 +621,58 @@ func TestKnocks(t *testing.T) {
 	})
 }
 
-// TestTurnIsWaitedFor: a control plane that has named a time is asked nothing
-// else until then, over TCP neither.
-func TestTurnIsWaitedFor(t *testing.T) {
-	for _, tt := range []struct {
-		name  string
-		turn  time.Duration
-		takes time.Duration // from then on; 0: nothing comes of it
-		over  string
-		after time.Duration
-	}{
-		{"soon", 2 * time.Second, 100 * time.Millisecond, wire.TransportQUIC, 3 * time.Second},
-		{"late", 29 * time.Second, time.Second, wire.TransportQUIC, 32 * time.Second},
-		{"nothing comes of it", 5 * time.Second, 0, wire.TransportTCP, busyPatience + 10*time.Second},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			var asked atomic.Int64
-			dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
-				turn := wordsOf(ctx).turn
-				switch {
-				case transport == wire.TransportTCP && time.Since(w.began) < tt.turn:
-					t.Errorf("asked over TCP after %s", time.Since(w.began))
-				case transport == wire.TransportTCP:
-					return w.open(transport, 0), nil
-				case turn == nil:
-					return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, carrier.ErrBusy)
-				}
-				asked.Add(1)
-				turn(tt.turn)
-				if tt.takes == 0 {
-					return silent(ctx)
-				}
-				<-time.After(tt.turn)
-				return at(transport, tt.takes, 0)(ctx, w)
+// TestBusyIsAskedWhenItSays: a control plane that answers knocks is asked at
+// the times it names and never outright, and over TCP only after long.
+func TestBusyIsAskedWhenItSays(t *testing.T) {
+	const again = 3 * time.Second
+	var knocks atomic.Int64
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		let := wordsOf(ctx).let
+		switch {
+		case transport == wire.TransportTCP:
+			if since := time.Since(w.began); since < busyPatience {
+				t.Errorf("asked over TCP after %s", since)
 			}
-			inWorld(t, nil, dial, func(t *testing.T, w *world) {
-				<-time.After(tt.after)
-				if s := w.l.Status(); s.State != StateConnected || s.Transport != tt.over {
-					t.Errorf("after %s it is %+v, want it connected over %s", tt.after, s, tt.over)
-				}
-				if n := asked.Load(); tt.takes > 0 && n != 1 {
-					t.Errorf("asked %d times", n)
-				}
-			})
-		})
+			return w.open(transport, 0), nil
+		case let == nil && knocks.Load() > 0:
+			t.Error("tried outright what answers knocks")
+		case let == nil:
+			return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, carrier.ErrBusy)
+		}
+		knocks.Add(1)
+		return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, &carrier.BusyError{Again: again})
 	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(busyPatience - time.Second)
+		if n, want := knocks.Load(), int64(busyPatience/again); n < want-2 || n > want {
+			t.Errorf("%d knocks in %s, want one each %s", n, busyPatience, again)
+		}
+		<-time.After(2 * again)
+		if s := w.l.Status(); s.State != StateConnected || s.Transport != wire.TransportTCP {
+			t.Errorf("busy for long: %+v", s)
+		}
+	})
+}
+
+// TestLetInAndSilent: what lets in by small datagrams may swallow large ones.
+func TestLetInAndSilent(t *testing.T) {
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		if transport == wire.TransportTCP {
+			if time.Since(w.began) < 10*time.Second {
+				return silent(ctx)
+			}
+			return w.open(transport, 0), nil
+		}
+		if let := wordsOf(ctx).let; let != nil {
+			<-time.After(50 * time.Millisecond)
+			let()
+		}
+		return silent(ctx)
+	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(15 * time.Second)
+		if s := w.l.Status(); s.State != StateConnected || s.Transport != wire.TransportTCP {
+			t.Errorf("it is %+v", s)
+		}
+	})
 }

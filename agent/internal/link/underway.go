@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -13,7 +14,7 @@ import (
 type underway struct {
 	way      way
 	answered time.Time // zero: not yet
-	turn     time.Time // when its handshake begins, as it was told; zero: it was told nothing
+	let      time.Time // when it was told that its handshake may begin; zero: not yet
 }
 
 // mostAnswered is how many answered tries of one way wait at a time.
@@ -24,17 +25,16 @@ func (s *search) answered() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for u := range s.under {
-		if time.Since(u.answered) < answerPatience || time.Since(u.turn) < wavePatience {
+		if time.Since(u.answered) < answerPatience || time.Since(u.let) < wavePatience {
 			return true
 		}
 	}
 	return false
 }
 
-// dial is one try. It has so long to be answered, from the time on at which it
-// was told to come, and answeredTimeout in all. What it is told of that goes to
-// told, too, which may be nil: it does not knock.
-func (s *search) dial(tries context.Context, way way, limit time.Duration, told func(wait time.Duration)) (wire.Session, error) {
+// dial is one try. It has so long to be answered, as long again once it was let
+// in, and answeredTimeout in all.
+func (s *search) dial(tries context.Context, way way, limit time.Duration, knock bool) (wire.Session, error) {
 	u := &underway{way: way}
 	s.mu.Lock()
 	s.under[u] = true
@@ -56,29 +56,34 @@ func (s *search) dial(tries context.Context, way way, limit time.Duration, told 
 		}
 		u.answered = time.Now()
 	}}
-	if told != nil {
-		word.turn = func(wait time.Duration) {
+	if knock {
+		word.let = func() {
 			s.mu.Lock()
-			if u.turn.IsZero() && u.answered.IsZero() && silence.Stop() {
-				u.turn = time.Now().Add(wait)
-				silence.Reset(wait + limit)
+			defer s.mu.Unlock()
+			s.heard = true
+			if u.let.IsZero() && u.answered.IsZero() && silence.Stop() {
+				u.let = time.Now()
+				silence.Reset(limit)
 			}
-			s.mu.Unlock()
-			told(wait)
 		}
 	}
 	conn, err := s.l.cfg.dial(context.WithValue(ctx, wordsKey{}, word), way.transport, way.address)
+	if knock && errors.Is(err, carrier.ErrBusy) {
+		s.mu.Lock()
+		s.heard = true
+		s.mu.Unlock()
+	}
 	if err != nil && ctx.Err() != nil && tries.Err() == nil {
 		err = fmt.Errorf("dial %s over %s: %w in time", way.address, way.transport, carrier.ErrUnreachable)
 	}
 	return conn, err
 }
 
-// words are what a dial says while it is under way; a turn that is nil is not to
-// be asked for.
+// words are what a dial says while it is under way; where let is nil, it is not
+// to knock.
 type words struct {
 	answered func()
-	turn     func(wait time.Duration)
+	let      func()
 }
 
 // wordsKey finds them in a dial's context.

@@ -30,15 +30,15 @@ type DialConfig struct {
 	Proxy       *Proxy          // for TCP; nil: directly
 	Resolver    *Resolver       // nil: one that remembers nothing
 	Answered    func()          // called once when the other side has answered and the handshake goes on; nil: nobody asks
-	// Knock asks first when to begin the handshake, see ask; over QUIC only. Turn
-	// is called with the answer, which nothing proves to be the control plane's;
-	// nil: nobody asks.
+	// Knock asks first whether to begin the handshake, see ask; over QUIC only. Let
+	// is called when it may begin, by an answer that nothing proves to be the
+	// control plane's; nil: nobody asks.
 	Knock bool
-	Turn  func(wait time.Duration)
+	Let   func()
 }
 
 // Dial opens a session. ctx bounds the dialling only. Errors: ErrWrongPin,
-// ErrNotControlPlane, ErrUnreachable.
+// ErrNotControlPlane, ErrUnreachable, ErrBusy or a *BusyError.
 func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
 	if err := wire.CheckAddress(cfg.Address); err != nil {
 		return nil, err
@@ -52,8 +52,8 @@ func Dial(ctx context.Context, cfg DialConfig) (wire.Session, error) {
 		cfg.Answered = func() {}
 	}
 	cfg.Answered = sync.OnceFunc(cfg.Answered)
-	if cfg.Turn == nil {
-		cfg.Turn = func(time.Duration) {}
+	if cfg.Let == nil {
+		cfg.Let = func() {}
 	}
 	verify := conf.VerifyConnection
 	conf.VerifyConnection = func(s tls.ConnectionState) error {
@@ -164,10 +164,11 @@ func dialQUICAddr(ctx context.Context, cfg DialConfig, addr netip.AddrPort, conf
 		return nil, fmt.Errorf("open a UDP socket: %w", err)
 	}
 	if cfg.Knock {
-		if err := knock(ctx, cfg, sock, addr); err != nil {
+		if err := ask(ctx, sock, addr); err != nil {
 			_ = sock.Close()
 			return nil, err
 		}
+		cfg.Let()
 	}
 	tr := &quic.Transport{Conn: sock}
 	release := func() {
@@ -189,23 +190,6 @@ func dialQUICAddr(ctx context.Context, cfg DialConfig, addr netip.AddrPort, conf
 	go watchSilence(s)
 	go watchNudges(tr.ReadNonQUICPacket, conn.RemoteAddr, s.raiseDoubt)
 	return s, nil
-}
-
-// knock waits for the time that the control plane names.
-func knock(ctx context.Context, cfg DialConfig, sock *net.UDPConn, addr netip.AddrPort) error {
-	wait, err := ask(ctx, sock, addr)
-	if err != nil {
-		return err
-	}
-	cfg.Turn(wait)
-	t := time.NewTimer(wait)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 // watchSilence signals doubt when packets were sent and nothing came back for

@@ -33,7 +33,7 @@ type ListenConfig struct {
 	MaxConns         int           // over both transports each; 0: 20000
 	MaxHandshakes    int           // unfinished at once, over both transports each; 0: see handshakes. One source address may have half
 	HandshakeTimeout time.Duration // 0: 10 s
-	HandshakeRate    int           // a second, of devices that asked when to come; 0: 200 for each CPU
+	HandshakeRate    int           // a second, of devices that knock; 0: 200 for each CPU
 }
 
 // Listener is one port, TCP and UDP: tunnels and enrolments from both come out
@@ -45,12 +45,12 @@ type Listener struct {
 	udp   *net.UDPConn
 	quic  *quic.Listener
 	tr    *quic.Transport
-	conf  *tls.Config
 	http  *httpListener
 	found chan wire.Session
 
-	places *places  // of handshakes over TCP
-	fresh  *Sources // unfinished handshakes over QUIC
+	tunnel, api class    // of connections over TCP
+	silent      *Sources // unfinished handshakes over TCP
+	fresh       *Sources // and over QUIC
 
 	stop      context.CancelFunc
 	ctx       context.Context
@@ -77,6 +77,13 @@ func handshakes(cpus int) int { return min(max(256, 128*cpus), 1024) }
 // without proving their address first: one round trip, no state.
 const unproven = 64
 
+// class is one of two sorts of handshakes over TCP. They do not wait for each
+// other: a person shall reach the API while ten thousand devices come back.
+type class struct {
+	conf   *tls.Config
+	places *places
+}
+
 // Listen opens the port and starts accepting.
 func Listen(cfg ListenConfig) (*Listener, error) {
 	quietQUIC()
@@ -99,13 +106,13 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		cfg.API = cfg.Tunnel
 	}
 	l := &Listener{cfg: cfg, log: cfg.Logger, found: make(chan wire.Session),
-		places: newPlaces(cfg.MaxHandshakes, max(1, cfg.MaxConns/4)), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
+		tunnel: class{tunnelTLS(cfg.Tunnel), newPlaces(cfg.MaxHandshakes)}, api: class{apiTLS(cfg.API), newPlaces(max(2, cfg.MaxHandshakes/4))},
+		silent: NewSources(max(1, cfg.MaxConns/4)), fresh: NewSources(max(1, cfg.MaxHandshakes/2))}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	if err := l.bind(); err != nil {
 		l.stop()
 		return nil, err
 	}
-	l.conf = serverTLS(cfg.Tunnel, apiTLS(cfg.API))
 	l.http = newHTTPListener(l.ctx, l.tcp.Addr())
 	l.tr = &quic.Transport{
 		Conn:                l.udp,
@@ -120,7 +127,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		l.tr.StatelessResetKey = &key
 	}
 	var err error
-	if l.quic, err = l.tr.Listen(serverTLS(cfg.Tunnel, nil), quicConfig(false)); err != nil {
+	if l.quic, err = l.tr.Listen(l.tunnel.conf, quicConfig(false)); err != nil {
 		l.stop()
 		_ = l.tcp.Close()
 		_ = l.udp.Close()
@@ -301,22 +308,14 @@ const turnTimeout = time.Minute
 // greet does the handshake of one connection, in its turn, and sends it where
 // it belongs.
 func (l *Listener) greet(raw *countedConn) {
-	waiting, cancel := context.WithTimeout(l.ctx, turnTimeout)
-	done := l.places.take(waiting, raw.RemoteAddr())
-	cancel()
-	if done == nil || hungUp(raw.Conn) {
-		if done != nil {
-			done()
-		}
+	over, ok := l.silent.Take(raw.RemoteAddr())
+	if !ok {
 		_ = raw.Close()
 		l.refused()
 		return
 	}
-	conn := tls.Server(raw, l.conf)
-	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
-	err := conn.HandshakeContext(ctx)
-	cancel()
-	done()
+	conn, err := l.handshake(raw)
+	over()
 	if err != nil {
 		l.log.Debug("TLS handshake", "peer", raw.RemoteAddr(), "err", err)
 		_ = raw.Close()
@@ -337,6 +336,45 @@ func (l *Listener) greet(raw *countedConn) {
 		}
 		l.http.deliver(conn)
 	}
+}
+
+// errTurn ends a handshake whose turn did not come in time, or too late for the
+// other side.
+var errTurn = errors.New("nobody waits for it any more")
+
+// handshake reads what the other side wants, and waits for the turn of that
+// before it computes anything.
+func (l *Listener) handshake(raw *countedConn) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(l.ctx, turnTimeout+2*l.cfg.HandshakeTimeout)
+	defer cancel()
+	done := func() {}
+	defer func() { done() }()
+	conn := tls.Server(raw, &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+		class := l.api
+		if forTunnel(h) {
+			class = l.tunnel
+		}
+		waiting, cancel := context.WithTimeout(ctx, turnTimeout)
+		free := class.places.take(waiting, raw.RemoteAddr())
+		cancel()
+		if free != nil {
+			done = free
+		}
+		if free == nil || hungUp(raw.Conn) {
+			_ = raw.Close() // without an alert, which says that something is wrong
+			l.refused()
+			return nil, errTurn
+		}
+		return class.conf, raw.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout))
+	}})
+	err := raw.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout))
+	if err == nil {
+		err = conn.HandshakeContext(ctx)
+	}
+	if err == nil {
+		err = raw.SetDeadline(time.Time{})
+	}
+	return conn, err
 }
 
 // hungUp tells whether the other side has closed a connection, whatever it may

@@ -4,93 +4,138 @@ import (
 	"context"
 	"net"
 	"net/netip"
-	"slices"
 	"sync"
 )
 
-// places are those of handshakes over TCP. Who finds none waits in turn: being
-// turned away would only bring it back, with the same to do. One source may
-// hold half of them, and so many may wait of each: who opens connections and
-// says nothing must not take those that all share.
+// places are those of handshakes over TCP. Who finds none waits: being turned
+// away would only bring it back, with the same to do. One source may hold half
+// of them, and sources have a turn each, one after the other: who has thousands
+// waiting keeps nobody else from the next place.
 type places struct {
-	limit, each, most int
+	limit, each int
 
 	mu      sync.Mutex
 	held    int
-	of      map[netip.Prefix]int // held, by source
-	wait    map[netip.Prefix]int // waiting, by source
-	waiting []*waiter            // the longest first
+	sources map[netip.Prefix]*source // those that hold or wait
+	next    []*source                // those that wait and may hold more, by turns
+}
+
+type source struct {
+	key    netip.Prefix
+	held   int
+	queue  []*waiter // the longest first
+	listed bool      // in next
 }
 
 type waiter struct {
-	source netip.Prefix
-	got    chan struct{} // closed when it has a place
+	got  chan struct{} // closed when it has a place
+	gone bool          // it has given up
 }
 
-func newPlaces(limit, mostWaiting int) *places {
-	return &places{limit: limit, each: max(1, limit/2), most: mostWaiting, of: map[netip.Prefix]int{}, wait: map[netip.Prefix]int{}}
+func newPlaces(limit int) *places {
+	return &places{limit: limit, each: max(1, limit/2), sources: map[netip.Prefix]*source{}}
 }
 
-// take waits for a place until ctx ends. It returns nil then, and at once where
-// too many of the source wait. Free gives the place back and is to be called
-// once.
+// take waits for a place until ctx ends, and returns nil then. Free gives the
+// place back and is to be called once.
 func (p *places) take(ctx context.Context, from net.Addr) (free func()) {
-	source, known := sourceOf(from)
+	key, known := sourceOf(from)
 	if !known {
-		source = netip.Prefix{}
+		key = netip.Prefix{}
 	}
-	w := &waiter{source, make(chan struct{})}
-	p.mu.Lock()
-	if p.wait[source] >= p.most {
-		p.mu.Unlock()
-		return nil
-	}
-	p.waiting = append(p.waiting, w)
-	p.wait[source]++
-	p.admit()
-	p.mu.Unlock()
+	w, s := p.wait(key)
 	select {
 	case <-w.got:
 	case <-ctx.Done():
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if i := slices.Index(p.waiting, w); i >= 0 {
-			p.leave(i)
+		if p.giveUp(w, s) {
 			return nil
 		}
 	}
-	return func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.held--
-		less(p.of, source)
-		p.admit()
-	}
+	return func() { p.giveBack(s) }
 }
 
-// admit gives places to those who wait; p.mu is held.
-func (p *places) admit() {
-	for i := 0; i < len(p.waiting) && p.held < p.limit; {
-		w := p.waiting[i]
-		if p.of[w.source] >= p.each {
-			i++
-			continue
+func (p *places) wait(key netip.Prefix) (*waiter, *source) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := p.sources[key]
+	if s == nil {
+		s = &source{key: key}
+		p.sources[key] = s
+	}
+	w := &waiter{got: make(chan struct{})}
+	s.queue = append(s.queue, w)
+	p.admit(s)
+	return w, s
+}
+
+// giveUp ends a wait. False: too late, it has a place.
+func (p *places) giveUp(w *waiter, s *source) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-w.got:
+		return false
+	default:
+	}
+	w.gone = true
+	s.trim()
+	p.admit(s)
+	return true
+}
+
+func (p *places) giveBack(s *source) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.held--
+	s.held--
+	p.admit(s)
+}
+
+// admit gives places to those whose turn it is, after s has changed; p.mu is
+// held.
+func (p *places) admit(s *source) {
+	p.list(s)
+	for p.held < p.limit && len(p.next) > 0 {
+		first := p.next[0]
+		p.next[0], p.next = nil, p.next[1:]
+		first.listed = false
+		if w := first.pop(); w != nil {
+			first.held++
+			p.held++
+			close(w.got)
 		}
-		p.leave(i)
-		p.held++
-		p.of[w.source]++
-		close(w.got)
+		p.list(first)
 	}
 }
 
-// leave takes one out of those who wait; p.mu is held.
-func (p *places) leave(i int) {
-	less(p.wait, p.waiting[i].source)
-	p.waiting = slices.Delete(p.waiting, i, i+1)
+// list has a source wait for its turn, if it has anyone waiting and may hold
+// more, and forgets one that has nothing; p.mu is held.
+func (p *places) list(s *source) {
+	switch {
+	case s.listed:
+	case len(s.queue) > 0 && s.held < p.each:
+		s.listed = true
+		p.next = append(p.next, s)
+	case len(s.queue) == 0 && s.held == 0:
+		delete(p.sources, s.key)
+	}
 }
 
-func less(counts map[netip.Prefix]int, source netip.Prefix) {
-	if counts[source]--; counts[source] == 0 {
-		delete(counts, source)
+// pop takes out who has waited the longest; nil: nobody waits.
+func (s *source) pop() *waiter {
+	s.trim()
+	if len(s.queue) == 0 {
+		return nil
+	}
+	w := s.queue[0]
+	s.queue[0], s.queue = nil, s.queue[1:]
+	s.trim()
+	return w
+}
+
+// trim drops those in front that have given up.
+func (s *source) trim() {
+	for len(s.queue) > 0 && s.queue[0].gone {
+		s.queue[0], s.queue = nil, s.queue[1:]
 	}
 }

@@ -44,6 +44,14 @@ func (s *Sources) Take(from net.Addr) (free func(), ok bool) {
 	}), true
 }
 
+// Held is how many a source holds.
+func (s *Sources) Held(from net.Addr) int {
+	key, _ := sourceOf(from)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.held[key]
+}
+
 func sourceOf(a net.Addr) (netip.Prefix, bool) {
 	var ip netip.Addr
 	switch a := a.(type) {

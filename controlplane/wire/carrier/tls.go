@@ -57,14 +57,13 @@ func checkPin(chain []*x509.Certificate, pins []wire.Pin) error {
 	return ErrWrongPin
 }
 
-// serverTLS chooses by ALPN: tunnels get the pinned leaf and are asked for
-// their key, everything else gets the API's certificate and is asked for
-// nothing. Without api there is only the tunnel.
-func serverTLS(tunnel tls.Certificate, api *tls.Config) *tls.Config {
-	forTunnel := &tls.Config{
+// tunnelTLS is the server's side of tunnels: they get the pinned leaf and are
+// asked for their key.
+func tunnelTLS(cert tls.Certificate) *tls.Config {
+	return &tls.Config{
 		MinVersion:             tls.VersionTLS13,
 		NextProtos:             tunnelProtocols,
-		Certificates:           []tls.Certificate{tunnel},
+		Certificates:           []tls.Certificate{cert},
 		ClientAuth:             tls.RequireAnyClientCert, // possession of the key is proven, the rest is ours to check
 		SessionTicketsDisabled: true,
 		VerifyConnection: func(s tls.ConnectionState) error {
@@ -74,20 +73,12 @@ func serverTLS(tunnel tls.Certificate, api *tls.Config) *tls.Config {
 			return nil
 		},
 	}
-	if api == nil {
-		return forTunnel
-	}
-	return &tls.Config{
-		MinVersion: tls.VersionTLS12,
-		GetConfigForClient: func(h *tls.ClientHelloInfo) (*tls.Config, error) {
-			for _, p := range h.SupportedProtos {
-				if slices.Contains(tunnelProtocols, p) {
-					return forTunnel, nil
-				}
-			}
-			return api, nil
-		},
-	}
+}
+
+// forTunnel tells by ALPN a tunnel from everything else, which is the API's: it
+// gets the API's certificate and is asked for nothing.
+func forTunnel(h *tls.ClientHelloInfo) bool {
+	return slices.ContainsFunc(h.SupportedProtos, func(p string) bool { return slices.Contains(tunnelProtocols, p) })
 }
 
 func apiTLS(cert tls.Certificate) *tls.Config {
