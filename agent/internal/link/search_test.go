@@ -529,7 +529,7 @@ func TestBusy(t *testing.T) {
 				t.Errorf("asked over TCP, too: %s", d)
 			}
 		}
-		if n := len(dials); n < 4 || n > 12 {
+		if n := len(dials); n < 4 || n > 20 {
 			t.Errorf("asked %d times: %v", n, dials)
 		}
 		<-time.After(busyCap + time.Second)
