@@ -30,11 +30,11 @@ func TestProxies(t *testing.T) {
 		t.Run(scheme, func(t *testing.T) {
 			p := &wiretest.Proxy{Scheme: scheme, User: user, Password: password, Hosts: map[string]string{}}
 			if scheme == "https" {
-				ca, err := carrier.NewCA(time.Now())
+				ca, err := carrier.NewCA()
 				if err != nil {
 					t.Fatal(err)
 				}
-				leaf, err := ca.Leaf([]string{"127.0.0.1"}, time.Now())
+				leaf, err := ca.Leaf([]string{"127.0.0.1"})
 				if err != nil {
 					t.Fatal(err)
 				}

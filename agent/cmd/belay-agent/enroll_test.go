@@ -11,7 +11,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,11 +33,11 @@ type control struct {
 
 func newControl(t *testing.T, answer func(n int) *wire.EnrollResponse) *control {
 	t.Helper()
-	ca, err := carrier.NewCA(time.Now())
+	ca, err := carrier.NewCA()
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf, err := ca.Leaf([]string{"127.0.0.1"}, time.Now())
+	leaf, err := ca.Leaf([]string{"127.0.0.1"})
 	if err != nil {
 		t.Fatal(err)
 	}

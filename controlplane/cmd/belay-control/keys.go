@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -71,7 +70,7 @@ func openDataDir(dir string) (unlock func(), err error) {
 }
 
 // openCA reads the CA, or makes it at the first start.
-func openCA(dir string, now time.Time, log *slog.Logger) (*carrier.CA, error) {
+func openCA(dir string, log *slog.Logger) (*carrier.CA, error) {
 	certPath, keyPath := filepath.Join(dir, caFile), filepath.Join(dir, caKeyFile)
 	cert, certErr := os.ReadFile(certPath)
 	key, keyErr := os.ReadFile(keyPath)
@@ -93,7 +92,7 @@ func openCA(dir string, now time.Time, log *slog.Logger) (*carrier.CA, error) {
 	if _, err := os.Stat(filepath.Join(dir, etcdDir)); err == nil || certErr == nil {
 		return nil, fmt.Errorf("%s and %s must both be in %s, whose devices pin that key: restore them from a backup, or start with an empty data directory", caFile, caKeyFile, dir)
 	}
-	ca, err := carrier.NewCA(now)
+	ca, err := carrier.NewCA()
 	if err != nil {
 		return nil, fmt.Errorf("making the CA: %w", err)
 	}

@@ -51,7 +51,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 		return err
 	}
 	defer unlock()
-	ca, err := openCA(cfg.DataDir, time.Now(), log)
+	ca, err := openCA(cfg.DataDir, log)
 	if err != nil {
 		return err
 	}
@@ -111,7 +111,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 }
 
 func listen(cfg config, ca *carrier.CA, log *slog.Logger) (*carrier.Listener, error) {
-	leaf, err := ca.Leaf(names(cfg), time.Now())
+	leaf, err := ca.Leaf(names(cfg))
 	if err != nil {
 		return nil, fmt.Errorf("making the server's certificate: %w", err)
 	}

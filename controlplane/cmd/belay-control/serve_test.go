@@ -176,13 +176,13 @@ func TestLostCA(t *testing.T) {
 // devices: a lost key was replaced by a new one without a word.
 func TestLostCAKeyWithExternalStore(t *testing.T) {
 	dir, log := t.TempDir(), slog.New(slog.DiscardHandler)
-	if _, err := openCA(dir, time.Now(), log); err != nil {
+	if _, err := openCA(dir, log); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Remove(filepath.Join(dir, caKeyFile)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openCA(dir, time.Now(), log); err == nil || !strings.Contains(err.Error(), "backup") {
+	if _, err := openCA(dir, log); err == nil || !strings.Contains(err.Error(), "backup") {
 		t.Errorf("error %v, want one that says to restore the key", err)
 	}
 	// A first start cut short between the two files is no loss.
@@ -192,7 +192,7 @@ func TestLostCAKeyWithExternalStore(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, caKeyFile), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openCA(dir, time.Now(), log); err != nil {
+	if _, err := openCA(dir, log); err != nil {
 		t.Error(err)
 	}
 }

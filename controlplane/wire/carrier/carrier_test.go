@@ -28,10 +28,10 @@ func newRig(t *testing.T, edit func(*ListenConfig)) *rig {
 	t.Helper()
 	r := new(rig)
 	var err error
-	if r.ca, err = NewCA(time.Now()); err != nil {
+	if r.ca, err = NewCA(); err != nil {
 		t.Fatal(err)
 	}
-	leaf, err := r.ca.Leaf([]string{"127.0.0.1", "localhost"}, time.Now())
+	leaf, err := r.ca.Leaf([]string{"127.0.0.1", "localhost"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -245,7 +245,7 @@ func TestStreamsPastTheLimitAreRefused(t *testing.T) {
 }
 
 func TestDialSaysWhatIsWrong(t *testing.T) {
-	other, err := NewCA(time.Now())
+	other, err := NewCA()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,7 +301,7 @@ func TestClockAndNamesDoNotMatterToTheAgent(t *testing.T) {
 	// Expired long ago: a device whose clock is ahead. Not valid for centuries:
 	// one that booted in 1970.
 	for _, year := range []int{1999, 2400} {
-		leaf, err := r.ca.Leaf([]string{"elsewhere.example"}, time.Date(year, 1, 1, 0, 0, 0, 0, time.UTC))
+		leaf, err := r.ca.leaf([]string{"elsewhere.example"}, time.Date(year, 1, 1, 0, 0, 0, 0, time.UTC), time.Date(year+1, 1, 1, 0, 0, 0, 0, time.UTC))
 		if err != nil {
 			t.Fatal(err)
 		}

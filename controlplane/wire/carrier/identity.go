@@ -24,10 +24,13 @@ import (
 const (
 	keyBlock  = "PRIVATE KEY"
 	certBlock = "CERTIFICATE"
-
-	caYears   = 30
-	leafYears = 5 // a new leaf is made at every start; clocks matter only to API clients
 )
+
+// Certificates are trusted for their keys, and a leaf's key lives no longer than
+// its process: dates would only keep out those whose clock, or that of the
+// machine a CA was made on, was not set. The latter date is RFC 5280's, 4.1.2.5,
+// for "no well-defined expiration".
+var always, forEver = time.Unix(0, 0), time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 
 // NewKey makes a private key: ECDSA on P-256, which every board can do.
 func NewKey() (crypto.Signer, error) {
@@ -71,11 +74,10 @@ func SelfSigned(key crypto.Signer) (tls.Certificate, error) {
 	t := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
 		Subject:      pkix.Name{CommonName: "belay device"},
-		NotBefore:    time.Unix(0, 0),
-		// RFC 5280, 4.1.2.5: this date means "no well-defined expiration".
-		NotAfter:    time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC),
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		NotBefore:    always,
+		NotAfter:     forEver,
+		KeyUsage:     x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, t, t, key.Public(), key)
 	if err != nil {
@@ -95,7 +97,7 @@ type CA struct {
 }
 
 // NewCA makes a CA. Its key is what devices pin, so it has to be kept.
-func NewCA(now time.Time) (*CA, error) {
+func NewCA() (*CA, error) {
 	key, err := NewKey()
 	if err != nil {
 		return nil, err
@@ -107,8 +109,8 @@ func NewCA(now time.Time) (*CA, error) {
 	t := &x509.Certificate{
 		SerialNumber:          serial,
 		Subject:               pkix.Name{CommonName: "Belay control plane CA"},
-		NotBefore:             now.Add(-time.Hour),
-		NotAfter:              now.AddDate(caYears, 0, 0),
+		NotBefore:             always,
+		NotAfter:              forEver,
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		BasicConstraintsValid: true,
 		IsCA:                  true,
@@ -167,7 +169,9 @@ func (ca *CA) Pin() wire.Pin { return wire.PinOf(ca.Certificate) }
 
 // Leaf makes a new key and a server certificate over it, for these host names
 // and IP addresses, with the CA in its chain.
-func (ca *CA) Leaf(names []string, now time.Time) (tls.Certificate, error) {
+func (ca *CA) Leaf(names []string) (tls.Certificate, error) { return ca.leaf(names, always, forEver) }
+
+func (ca *CA) leaf(names []string, from, to time.Time) (tls.Certificate, error) {
 	key, err := NewKey()
 	if err != nil {
 		return tls.Certificate{}, err
@@ -179,8 +183,8 @@ func (ca *CA) Leaf(names []string, now time.Time) (tls.Certificate, error) {
 	t := &x509.Certificate{
 		SerialNumber:          serial,
 		Subject:               pkix.Name{CommonName: "Belay control plane"},
-		NotBefore:             now.Add(-time.Hour),
-		NotAfter:              now.AddDate(leafYears, 0, 0),
+		NotBefore:             from,
+		NotAfter:              to,
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		BasicConstraintsValid: true,

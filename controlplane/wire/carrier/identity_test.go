@@ -10,7 +10,7 @@ import (
 )
 
 func TestKeysAndCASurviveTheirFiles(t *testing.T) {
-	ca, err := NewCA(time.Now())
+	ca, err := NewCA()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,15 +36,18 @@ func TestKeysAndCASurviveTheirFiles(t *testing.T) {
 		t.Error("two purposes share a secret")
 	}
 
-	leaf, err := again.Leaf([]string{"control.example", "192.0.2.7"}, time.Now())
+	leaf, err := again.Leaf([]string{"control.example", "192.0.2.7"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(cert)
 	for _, name := range []string{"control.example", "192.0.2.7"} {
-		if _, err := leaf.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name}); err != nil {
-			t.Errorf("%s: %v", name, err)
+		for _, year := range []int{1970, 2026, 2049, 2051, 9000} { // the clock of who asks, whenever the CA was made
+			at := time.Date(year, 1, 1, 0, 0, 1, 0, time.UTC)
+			if _, err := leaf.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name, CurrentTime: at}); err != nil {
+				t.Errorf("%s in %d: %v", name, year, err)
+			}
 		}
 	}
 

@@ -31,11 +31,11 @@ type ControlPlane struct {
 // NewControlPlane starts one that ends with the test.
 func NewControlPlane(t testing.TB) *ControlPlane {
 	t.Helper()
-	ca, err := carrier.NewCA(time.Now())
+	ca, err := carrier.NewCA()
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf, err := ca.Leaf([]string{"127.0.0.1"}, time.Now())
+	leaf, err := ca.Leaf([]string{"127.0.0.1"})
 	if err != nil {
 		t.Fatal(err)
 	}
