@@ -29,8 +29,8 @@
 //
 // # Knocks
 //
-// Before a handshake over QUIC an agent that has had no answer for a while, or
-// whose session has just ended, asks by one small datagram whether the control
+// Before a handshake over QUIC an agent that has had no answer to its first try,
+// or whose session has just ended, asks by one small datagram whether the control
 // plane is there and when it has time; package carrier says what is in it and in
 // the answer. So waiting for a control plane costs a metered link little, and
 // thousands that wait for the same one come one after the other. The answer

@@ -20,17 +20,20 @@ const (
 	// lastCall is how long QUIC has once TCP has got through: a link that is
 	// back lets both pass, and which one's next packet was due first is chance.
 	lastCall = 300 * time.Millisecond
+	// knockTime is how much longer it has where it knocks before.
+	knockTime = 150 * time.Millisecond
 	// addressStagger is between the tries of two addresses.
 	addressStagger = 250 * time.Millisecond
 	// raceWidth is how many addresses one wave tries: the preferred one, and
 	// the others by turns.
 	raceWidth = 4
 	// outright is how many waves there are to one whose tries over QUIC begin
-	// with the handshake while no knock was answered, as the very first does. The
-	// others knock before, which costs next to nothing, and after the end of a
-	// session many may come at once; but something on the way may let QUIC through
-	// and no knock.
-	outright = 32
+	// with the handshake, as the very first does, and outrightQUIC the same where
+	// there is no TCP. The others knock before, which costs next to nothing, and
+	// after the end of a session many may come at once; but something on the way
+	// may let QUIC through and no knock.
+	outright     = 32
+	outrightQUIC = 8
 	// wavePatience is how long a wave has before another may be started beside
 	// it: packets that were lost are repeated ever more rarely, and what comes
 	// back after a cut is met by new ones.
@@ -104,7 +107,7 @@ type search struct {
 	begun   map[way]time.Time // its latest try
 	latest  map[way]error     // of tries that failed
 	under   map[*underway]bool
-	heard   bool // a knock was answered
+	busy    map[string]time.Time // since when an address has said so over QUIC each time
 }
 
 // seek starts a search. After says why it is needed; nil: do not wait for
@@ -114,7 +117,7 @@ func (l *Link) seek(ctx context.Context, back *backoff, said *complaints, kind k
 		l: l, back: back, said: said, probe: kind == probing, doubted: kind == doubtful, began: time.Now(),
 		turn: make(chan struct{}, 1), hurry: make(chan struct{}), allowed: make(chan struct{}), kicked: make(chan struct{}, 1),
 		won: make(chan *session, 1), failed: make(chan error, 1), refusal: make(chan error, 1),
-		patient: map[way]bool{}, begun: map[way]time.Time{}, latest: map[way]error{}, under: map[*underway]bool{},
+		patient: map[way]bool{}, begun: map[way]time.Time{}, latest: map[way]error{}, under: map[*underway]bool{}, busy: map[string]time.Time{},
 	}
 	s.allow = sync.OnceFunc(func() { close(s.allowed) })
 	s.ctx, s.cancel = context.WithCancel(ctx)
@@ -326,12 +329,14 @@ func (s *search) launch(ctx context.Context, n int) *wave {
 
 // knocks tells whether the wave of number n knocks before it begins handshakes.
 func (s *search) knocks(n int) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.crowded {
 		n++
 	}
-	return !s.probe && (s.heard || n%outright != 0)
+	every := outright
+	if s.l.cfg.Transport == wire.TransportQUIC {
+		every = outrightQUIC
+	}
+	return !s.probe && n%every != 0
 }
 
 // headStart is how much later than QUIC TCP is tried.
@@ -346,17 +351,13 @@ func (s *search) end(w *wave, way way, err error) {
 	if errors.Is(err, context.Canceled) {
 		err = nil
 	}
-	s.mu.Lock()
-	if err != nil {
-		s.latest[way] = err
-	}
-	s.mu.Unlock()
+	spare := s.note(way, err)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if errors.Is(err, carrier.ErrWrongPin) {
 		w.wrong[way.address] = true
 	}
-	if errors.Is(err, carrier.ErrBusy) && time.Since(s.began) < busyPatience {
+	if spare {
 		w.spared[way.address] = true
 	}
 	if w.left--; w.left == 0 {
@@ -367,6 +368,30 @@ func (s *search) end(w *wave, way way, err error) {
 			close(w.noQUIC)
 		}
 	}
+}
+
+// note remembers how a try has ended, and tells whether its address is not to
+// be tried over TCP as well: it is busy, and has not been so for long.
+func (s *search) note(way way, err error) (spare bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err == nil {
+		return false
+	}
+	s.latest[way] = err
+	switch {
+	case way.transport != wire.TransportQUIC:
+		return false
+	case !errors.Is(err, carrier.ErrBusy):
+		delete(s.busy, way.address)
+		return false
+	}
+	since, known := s.busy[way.address]
+	if !known {
+		since = time.Now()
+		s.busy[way.address] = since
+	}
+	return time.Since(since) < busyPatience
 }
 
 // try dials one way and registers.
@@ -400,7 +425,11 @@ func (s *search) callQUIC(ctx, tries context.Context, address string) {
 			_ = s.use(ctx, tries, conn, way{wire.TransportQUIC, address})
 		}
 	})
-	t := time.NewTimer(lastCall)
+	last := lastCall
+	if s.crowded {
+		last += knockTime
+	}
+	t := time.NewTimer(last)
 	defer t.Stop()
 	select {
 	case <-over:
@@ -409,16 +438,16 @@ func (s *search) callQUIC(ctx, tries context.Context, address string) {
 	}
 }
 
-// busy tells whether the control plane there said so last, over QUIC.
-func (s *search) busy(address string) bool {
+// isBusy tells whether the control plane there said so last, over QUIC.
+func (s *search) isBusy(address string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return errors.Is(s.latest[way{wire.TransportQUIC, address}], carrier.ErrBusy)
+	return !s.busy[address].IsZero()
 }
 
 // use waits for the turn of a way that has shaken hands, and registers.
 func (s *search) use(ctx, tries context.Context, conn wire.Session, way way) error {
-	if way.transport == wire.TransportTCP && s.l.cfg.Transport == TransportAuto && !s.l.quicFailed() && !s.busy(way.address) {
+	if way.transport == wire.TransportTCP && s.l.cfg.Transport == TransportAuto && !s.l.quicFailed() && !s.isBusy(way.address) {
 		s.callQUIC(ctx, tries, way.address)
 	}
 	if err := s.await(tries, conn); err != nil {
@@ -490,6 +519,9 @@ func (s *search) claim(way way) time.Duration {
 		return 0
 	}
 	s.begun[way] = time.Now()
+	if errors.Is(s.latest[way], carrier.ErrBusy) {
+		delete(s.latest, way) // when it said to ask again is now
+	}
 	if s.patient[way] {
 		return freshTimeout
 	}

@@ -621,8 +621,67 @@ func TestKnocks(t *testing.T) {
 	})
 }
 
+// TestBusyAfterLong: how long a control plane was away before it was busy does
+// not matter, and when it said to ask again is not obeyed once it is silent.
+func TestBusyAfterLong(t *testing.T) {
+	const away, busy = 5 * time.Minute, 30 * time.Second
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		since := time.Since(w.began)
+		switch {
+		case since < away:
+			return silent(ctx)
+		case since >= away+2*busy:
+			return w.open(transport, 0), nil
+		case since >= away+busy:
+			return silent(ctx)
+		case transport == wire.TransportTCP:
+			t.Errorf("asked over TCP %s after it was back", since-away)
+			return silent(ctx)
+		}
+		return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, &carrier.BusyError{Again: 14 * time.Second})
+	}
+	inWorld(t, nil, dial, func(t *testing.T, w *world) {
+		<-time.After(away + 2*busy)
+		from := len(w.told(&w.dials))
+		<-time.After(longCap + time.Second)
+		if s := w.l.Status(); s.State != StateConnected {
+			t.Errorf("it is %+v", s)
+		}
+		var last time.Duration
+		for _, d := range w.told(&w.dials)[:from] {
+			var took string
+			_, _ = fmt.Sscan(d, &took)
+			last, _ = time.ParseDuration(took)
+		}
+		if gap := away + 2*busy - last; gap > longCap {
+			t.Errorf("not tried for %s while it was silent", gap)
+		}
+	})
+}
+
+// TestKnocksUnknownToAControlPlane: one that answered knocks was replaced by one
+// that does not know them, or the device has moved to a network that lets none
+// through.
+func TestKnocksUnknownToAControlPlane(t *testing.T) {
+	dial := func(ctx context.Context, w *world, transport, _ string) (wire.Session, error) {
+		switch {
+		case time.Since(w.began) < 10*time.Second:
+			return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, &carrier.BusyError{Again: time.Second})
+		case wordsOf(ctx).let != nil:
+			return silent(ctx)
+		}
+		return w.open(transport, 0), nil
+	}
+	inWorld(t, func(c *Config) { c.Transport = wire.TransportQUIC }, dial, func(t *testing.T, w *world) {
+		<-time.After(time.Minute)
+		if s := w.l.Status(); s.State != StateConnected {
+			t.Errorf("after a minute it is %+v", s)
+		}
+	})
+}
+
 // TestBusyIsAskedWhenItSays: a control plane that answers knocks is asked at
-// the times it names and never outright, and over TCP only after long.
+// the times it names, and over TCP only after long.
 func TestBusyIsAskedWhenItSays(t *testing.T) {
 	const again = 3 * time.Second
 	var knocks atomic.Int64
@@ -634,8 +693,6 @@ func TestBusyIsAskedWhenItSays(t *testing.T) {
 				t.Errorf("asked over TCP after %s", since)
 			}
 			return w.open(transport, 0), nil
-		case let == nil && knocks.Load() > 0:
-			t.Error("tried outright what answers knocks")
 		case let == nil:
 			return nil, fmt.Errorf("%w: %w", carrier.ErrUnreachable, carrier.ErrBusy)
 		}

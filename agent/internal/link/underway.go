@@ -60,7 +60,6 @@ func (s *search) dial(tries context.Context, way way, limit time.Duration, knock
 		word.let = func() {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.heard = true
 			if u.let.IsZero() && u.answered.IsZero() && silence.Stop() {
 				u.let = time.Now()
 				silence.Reset(limit)
@@ -68,12 +67,7 @@ func (s *search) dial(tries context.Context, way way, limit time.Duration, knock
 		}
 	}
 	conn, err := s.l.cfg.dial(context.WithValue(ctx, wordsKey{}, word), way.transport, way.address)
-	if knock && errors.Is(err, carrier.ErrBusy) {
-		s.mu.Lock()
-		s.heard = true
-		s.mu.Unlock()
-	}
-	if err != nil && ctx.Err() != nil && tries.Err() == nil {
+	if err != nil && ctx.Err() != nil && tries.Err() == nil && !errors.Is(err, carrier.ErrBusy) {
 		err = fmt.Errorf("dial %s over %s: %w in time", way.address, way.transport, carrier.ErrUnreachable)
 	}
 	return conn, err

@@ -5,19 +5,24 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A knock asks a control plane whether it is there and has time for a handshake.
-// It costs a device that cannot reach any 420 bytes in 2.5 s where a handshake,
+// It costs a device that cannot reach any 530 bytes in 2.5 s where a handshake,
 // begun and repeated as often as QUIC does, costs 10,000; and a control plane on
 // which thousands knock lets in as many as it gets done with, and tells each of
 // the others a time of its own to knock again, before anything is computed.
 //
-//	knock:  "\x00belay knock 1\n", 8 bytes of the device's choice, zeros up to knockSize
+//	knock:  "\x00belay knock 1\n", 8 bytes of the device's choice, 16 bytes: the address it knocks at, zeros up to knockSize
 //	answer: "\x00belay here 1\n", the same 8 bytes, 2 bytes: 0 to come, or when to knock again, in 10 ms
 //
 // Both are no packets of QUIC by their first byte, see nudge. More may follow in
@@ -29,7 +34,7 @@ var (
 )
 
 const (
-	knockSize = 32
+	knockSize = 48
 	tokenSize = 8
 	againUnit = 10 * time.Millisecond
 	// knockAgain is between knocks without an answer, of which there are knockOften
@@ -56,6 +61,8 @@ func ask(ctx context.Context, sock *net.UDPConn, addr netip.AddrPort) error {
 	copy(question, knockHead)
 	token := question[len(knockHead):][:tokenSize]
 	_, _ = rand.Read(token) // never fails
+	at := addr.Addr().As16()
+	copy(question[len(knockHead)+tokenSize:], at[:])
 	defer func() { _ = sock.SetReadDeadline(time.Time{}) }()
 	stop := context.AfterFunc(ctx, func() { _ = sock.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -65,14 +72,19 @@ func ask(ctx context.Context, sock *net.UDPConn, addr netip.AddrPort) error {
 		if n > knockOften {
 			pause *= 2
 		}
-		if _, err := sock.WriteToUDPAddrPort(question, addr); err != nil {
+		// Linux may refuse the first packet of a flow that its firewall has to look
+		// up, and none after it.
+		if _, err := sock.WriteToUDPAddrPort(question, addr); err != nil && (n > 1 || !errors.Is(err, syscall.EPERM)) {
 			return err
 		}
 		_ = sock.SetReadDeadline(time.Now().Add(pause))
 		for ctx.Err() == nil {
 			n, from, err := sock.ReadFromUDPAddrPort(b)
-			if err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
 				break
+			}
+			if err != nil {
+				return err
 			}
 			if again, ok := answerIn(b[:n], token); ok && netip.AddrPortFrom(from.Addr().Unmap(), from.Port()) == netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()) {
 				if again > 0 {
@@ -96,38 +108,60 @@ func answerIn(b, token []byte) (again time.Duration, ok bool) {
 	return time.Duration(binary.BigEndian.Uint16(rest[tokenSize:])) * againUnit, true
 }
 
-// answerTo makes the answer to a knock; nil: it is none.
-func answerTo(b []byte, again func() time.Duration) []byte {
+// answerTo makes the answer to a knock, and says at which address it was; nil:
+// it is none.
+func answerTo(b []byte, again func() time.Duration) (answer []byte, at netip.Addr) {
 	if len(b) < knockSize || !bytes.HasPrefix(b, knockHead) {
-		return nil
+		return nil, at
 	}
-	answer := append(bytes.Clone(hereHead), b[len(knockHead):][:tokenSize]...)
-	return binary.BigEndian.AppendUint16(answer, uint16(again()/againUnit))
+	rest := b[len(knockHead):]
+	answer = append(bytes.Clone(hereHead), rest[:tokenSize]...)
+	at = netip.AddrFrom16([16]byte(rest[tokenSize:])).Unmap()
+	return binary.BigEndian.AppendUint16(answer, uint16(again()/againUnit)), at
 }
 
 // answerKnocks runs until the listener is closed. What it cannot keep up with is
 // dropped by the socket and by quic-go's queue, and is repeated by who knocked.
 func (l *Listener) answerKnocks() {
-	turns := newTurns(l.cfg.MaxHandshakes/4, l.cfg.HandshakeRate)
+	turns := newTurns(max(1, l.cfg.MaxHandshakes/4), l.cfg.HandshakeRate)
 	b := make([]byte, 64)
 	for {
 		n, from, err := l.tr.ReadNonQUICPacket(l.ctx, b)
 		if err != nil {
 			return
 		}
-		answer := answerTo(b[:n], func() time.Duration { return turns.take(time.Now(), l.occupied(from)) })
-		if answer != nil {
-			// It may as well have got lost on the way.
-			_, _ = l.tr.WriteTo(answer, from)
+		answer, at := answerTo(b[:n], func() time.Duration { return turns.take(time.Now(), l.occupied(from)) })
+		to, ok := from.(*net.UDPAddr)
+		if answer == nil || !ok {
+			continue
+		}
+		// From the address that was knocked at, where that is one of ours and not a
+		// NAT's: who knocked, and a firewall on the way, take the answer from no
+		// other. It may as well have got lost on the way.
+		if _, _, err := l.udp.WriteMsgUDP(answer, sentFrom(at), to); err != nil {
+			_, _ = l.udp.WriteToUDP(answer, to)
 		}
 	}
 }
 
+// sentFrom is the control message of a datagram that is to leave from an
+// address of ours.
+func sentFrom(at netip.Addr) []byte {
+	switch {
+	case at.Is4():
+		return unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: at.As4()})
+	case at.IsUnspecified():
+		return nil
+	}
+	return unix.PktInfo6(&unix.Inet6Pktinfo{Addr: at.As16()})
+}
+
 // occupied tells whether there are as many handshakes over QUIC under way as
-// are done well: half of those that are not refused, in all or from one source.
+// are done well: fewer than are refused, and more than those of one source can
+// be.
 func (l *Listener) occupied(from net.Addr) bool {
-	return l.quicFresh.Load() >= int64(l.cfg.MaxHandshakes/2) || l.quicConns.Load() >= int64(l.cfg.MaxConns) ||
-		l.fresh.Held(from) >= l.cfg.MaxHandshakes/4
+	return l.quicFresh.Load() >= int64(max(1, l.cfg.MaxHandshakes*3/4)) || l.quicConns.Load() >= int64(l.cfg.MaxConns) ||
+		l.fresh.Held(from) >= max(1, l.cfg.MaxHandshakes/4)
 }
 
 const (

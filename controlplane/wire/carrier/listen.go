@@ -48,9 +48,10 @@ type Listener struct {
 	http  *httpListener
 	found chan wire.Session
 
-	tunnel, api class    // of connections over TCP
-	silent      *Sources // unfinished handshakes over TCP
-	fresh       *Sources // and over QUIC
+	tunnel, api class       // of connections over TCP
+	any         *tls.Config // of those that have not said which
+	silent      *Sources    // unfinished handshakes over TCP
+	fresh       *Sources    // and over QUIC
 
 	stop      context.CancelFunc
 	ctx       context.Context
@@ -113,6 +114,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		l.stop()
 		return nil, err
 	}
+	l.any = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: l.inTurn}
 	l.http = newHTTPListener(l.ctx, l.tcp.Addr())
 	l.tr = &quic.Transport{
 		Conn:                l.udp,
@@ -347,26 +349,12 @@ var errTurn = errors.New("nobody waits for it any more")
 func (l *Listener) handshake(raw *countedConn) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(l.ctx, turnTimeout+2*l.cfg.HandshakeTimeout)
 	defer cancel()
-	done := func() {}
-	defer func() { done() }()
-	conn := tls.Server(raw, &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(h *tls.ClientHelloInfo) (*tls.Config, error) {
-		class := l.api
-		if forTunnel(h) {
-			class = l.tunnel
+	defer func() {
+		if raw.done != nil {
+			raw.done()
 		}
-		waiting, cancel := context.WithTimeout(ctx, turnTimeout)
-		free := class.places.take(waiting, raw.RemoteAddr())
-		cancel()
-		if free != nil {
-			done = free
-		}
-		if free == nil || hungUp(raw.Conn) {
-			_ = raw.Close() // without an alert, which says that something is wrong
-			l.refused()
-			return nil, errTurn
-		}
-		return class.conf, raw.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout))
-	}})
+	}()
+	conn := tls.Server(raw, l.any)
 	err := raw.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout))
 	if err == nil {
 		err = conn.HandshakeContext(ctx)
@@ -375,6 +363,27 @@ func (l *Listener) handshake(raw *countedConn) (*tls.Conn, error) {
 		err = raw.SetDeadline(time.Time{})
 	}
 	return conn, err
+}
+
+// inTurn is called when a connection over TCP has said what it wants.
+func (l *Listener) inTurn(h *tls.ClientHelloInfo) (*tls.Config, error) {
+	raw, ok := h.Conn.(*countedConn)
+	if !ok {
+		return nil, fmt.Errorf("a connection of type %T", h.Conn)
+	}
+	class := l.api
+	if forTunnel(h) {
+		class = l.tunnel
+	}
+	waiting, cancel := context.WithTimeout(h.Context(), turnTimeout)
+	raw.done = class.places.take(waiting, raw.RemoteAddr())
+	cancel()
+	if raw.done == nil || hungUp(raw.Conn) {
+		_ = raw.Close() // without an alert, which says that something is wrong
+		l.refused()
+		return nil, errTurn
+	}
+	return class.conf, raw.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout))
 }
 
 // hungUp tells whether the other side has closed a connection, whatever it may
@@ -403,6 +412,7 @@ const established = 1
 type countedConn struct {
 	net.Conn
 	free func()
+	done func() // the handshake's place; nil: it has none
 }
 
 func (c *countedConn) Close() error {

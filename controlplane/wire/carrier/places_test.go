@@ -183,6 +183,34 @@ func TestPlaces(t *testing.T) {
 
 func from(ip string, port int) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: port} }
 
+// TestAPISessionsAreResumed: a client that comes again is spared half of the
+// handshake.
+func TestAPISessionsAreResumed(t *testing.T) {
+	r := newRig(t, nil)
+	go func() {
+		for {
+			c, err := r.l.HTTP().Accept()
+			if err != nil {
+				return
+			}
+			_, _ = c.Write([]byte{1}) // tickets are read with what follows
+			defer c.Close()
+		}
+	}()
+	conf := &tls.Config{InsecureSkipVerify: true, NextProtos: apiProtocols, ClientSessionCache: tls.NewLRUClientSessionCache(1)} //nolint:gosec // whose it is does not matter
+	for n := range 3 {
+		c, err := tls.Dial("tcp", r.l.Addr().String(), conf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = c.Read(make([]byte, 1))
+		if resumed := c.ConnectionState().DidResume; err != nil || resumed != (n > 0) {
+			t.Errorf("connection %d: resumed %t, %v", n, resumed, err)
+		}
+		_ = c.Close()
+	}
+}
+
 // TestOnlyTunnelsWaitForTunnels: the API does not wait for handshakes of
 // devices, and who says nothing holds no place.
 func TestOnlyTunnelsWaitForTunnels(t *testing.T) {

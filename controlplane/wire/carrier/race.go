@@ -15,8 +15,9 @@ const (
 )
 
 // race starts try for 0, 1, ... n-1, each a moment after the one before or at
-// once when one has failed, and returns the first success. The others are
-// cancelled and, should they succeed too, given to drop.
+// once when one has failed, and returns the first success, or
+// ErrBusy, which the others would meet, too. The others are cancelled and,
+// should they succeed, given to drop.
 func race[T any](ctx context.Context, n int, try func(ctx context.Context, i int) (T, error), drop func(T)) (T, error) {
 	type outcome struct {
 		got T
@@ -43,7 +44,7 @@ func race[T any](ctx context.Context, n int, try func(ctx context.Context, i int
 			}()
 			timer.Reset(raceStagger)
 		case o := <-outcomes:
-			if o.err == nil {
+			if o.err == nil || errors.Is(o.err, ErrBusy) {
 				left := started - len(failed) - 1
 				go func() {
 					for range left {
@@ -52,7 +53,7 @@ func race[T any](ctx context.Context, n int, try func(ctx context.Context, i int
 						}
 					}
 				}()
-				return o.got, nil
+				return o.got, o.err
 			}
 			failed = append(failed, o.err)
 			if len(failed) == n || ctx.Err() != nil && len(failed) == started {

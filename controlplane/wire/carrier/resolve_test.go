@@ -99,6 +99,7 @@ func TestRaceOfAddresses(t *testing.T) {
 		{"the first is silent", []outcome{{time.Hour, nil}, {10 * time.Millisecond, nil}}, 1, 260 * time.Millisecond},
 		{"the first is refused", []outcome{{5 * time.Millisecond, fail}, {10 * time.Millisecond, nil}}, 1, 15 * time.Millisecond},
 		{"the second overtakes", []outcome{{400 * time.Millisecond, nil}, {time.Millisecond, nil}}, 1, 251 * time.Millisecond},
+		{"one is silent, one busy", []outcome{{time.Hour, nil}, {10 * time.Millisecond, &BusyError{time.Second}}, {0, nil}}, -1, 260 * time.Millisecond},
 		{"all are refused", []outcome{{0, fail}, {0, fail}, {0, fail}}, -1, 0},
 	}
 	for _, tt := range tests {
