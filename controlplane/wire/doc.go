@@ -160,6 +160,10 @@ const (
 
 	// KeepAlive is how often the agent's side shows that the session lives.
 	KeepAlive = 25 * time.Second
+	// KeepAliveTCP is the same over TCP, where it takes three packets of 228
+	// bytes in all, and where NATs remember for hours what they forget of UDP
+	// within a minute.
+	KeepAliveTCP = 40 * time.Second
 	// Idle is how long a silent session is kept.
 	Idle = 75 * time.Second
 )

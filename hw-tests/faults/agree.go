@@ -7,8 +7,10 @@ import (
 	"time"
 )
 
-// bound is how long API and device may differ once every fault is healed.
-const bound = 30 * time.Second
+// bound is how long API and device may differ once every fault is healed. A
+// session over TCP that is idle learns with its next keepalive, after 40 s at the
+// most, that a router has forgotten its connection.
+const bound = 45 * time.Second
 
 // describe reads a task from the API.
 func (s *site) describe(ctx context.Context, id string) (apiTask, error) {

@@ -39,8 +39,8 @@ type active struct {
 
 // reachWithin is how long a task may take to come into a phase. An idle device
 // behind a router that forgot its connection hears nothing until its next
-// keepalive, every 25 s.
-const reachWithin = 40 * time.Second
+// keepalive, every 25 s over QUIC and every 40 s over TCP.
+const reachWithin = 55 * time.Second
 
 // step brings a task into a phase, puts the fault there, and heals it after a
 // while, or leaves that to the next step.

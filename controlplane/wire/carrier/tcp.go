@@ -26,9 +26,9 @@ func yamuxConfig(client bool) *yamux.Config {
 	}
 	// The client shows life, the server answers: as with QUIC.
 	c.EnableKeepAlive = client
-	c.KeepAliveInterval = wire.KeepAlive
+	c.KeepAliveInterval = wire.KeepAliveTCP
 	// Also how long a keepalive may stay unanswered.
-	c.ConnectionWriteTimeout = wire.Idle - wire.KeepAlive
+	c.ConnectionWriteTimeout = wire.Idle - wire.KeepAliveTCP
 	c.StreamOpenTimeout = wire.Idle
 	c.StreamCloseTimeout = halfClosed
 	c.MaxStreamWindowSize = 1 << 20
