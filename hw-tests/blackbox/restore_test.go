@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -221,7 +222,7 @@ func TestCopiedDisk(t *testing.T) {
 		t.Skip("giving a process another machine id needs root")
 	}
 	s := newSite(t, "process")
-	s.run(t, "task", sleeper)
+	task := s.run(t, "task", sleeper)
 	before := s.describe(t)
 
 	dir := tempDir(t)
@@ -268,6 +269,10 @@ func TestCopiedDisk(t *testing.T) {
 	// The way out, when the copy is the one to stay.
 	if _, err := s.agent.Stop(20 * time.Second); err != nil {
 		t.Fatal(err)
+	}
+	// Nobody is left to stop it.
+	if now, err := s.cli.Describe(deadline(t, patience), task.ID); err != nil || pid(now) == 0 || syscall.Kill(pid(now), syscall.SIGTERM) != nil {
+		t.Errorf("end the task of the original: %+v, %v", now, err)
 	}
 	s.cmd(t, "instance", "rebind", s.instance)
 	if i := s.describe(t); i.Duplicate != nil {
