@@ -17,23 +17,11 @@ const (
 	// or a session is in doubt.
 	quicHeadStart  = 2 * time.Second
 	shortHeadStart = 300 * time.Millisecond
-	// lastCall is how long QUIC has once TCP has got through: a link that is
-	// back lets both pass, and which one's next packet was due first is chance.
-	lastCall = 300 * time.Millisecond
-	// knockTime is how much longer it has where it knocks before.
-	knockTime = 150 * time.Millisecond
 	// addressStagger is between the tries of two addresses.
 	addressStagger = 250 * time.Millisecond
 	// raceWidth is how many addresses one wave tries: the preferred one, and
 	// the others by turns.
 	raceWidth = 4
-	// outright is how many waves there are to one whose tries over QUIC begin
-	// with the handshake, as the very first does, and outrightQUIC the same where
-	// there is no TCP. The others knock before, which costs next to nothing, and
-	// after the end of a session many may come at once; but something on the way
-	// may let QUIC through and no knock.
-	outright     = 32
-	outrightQUIC = 8
 	// wavePatience is how long a wave has before another may be started beside
 	// it: packets that were lost are repeated ever more rarely, and what comes
 	// back after a cut is met by new ones.
@@ -50,9 +38,6 @@ const (
 	// answeredTimeout bounds a try that was answered: it waits for its turn
 	// among as many as there are, and would be the last again if it began anew.
 	answeredTimeout = time.Minute
-	// busyPatience is how long a control plane may be too busy for QUIC before
-	// TCP is tried: a handshake costs it the same there.
-	busyPatience = time.Minute
 	// probeTimeout is for trying QUIC beside a session over TCP.
 	probeTimeout = 3 * time.Second
 	// registerTimeout bounds the answer to Hello, registerPatience too when
@@ -271,7 +256,7 @@ func (s *search) failure(w *wave) error {
 // wave is one try of several ways.
 type wave struct {
 	ways   []way
-	knocks bool          // its tries over QUIC ask first when to come
+	knocks bool          // its tries over QUIC ask first whether to come
 	done   chan struct{} // closed when every try has failed
 	noQUIC chan struct{} // closed when every try over QUIC has
 
@@ -327,18 +312,6 @@ func (s *search) launch(ctx context.Context, n int) *wave {
 	return w
 }
 
-// knocks tells whether the wave of number n knocks before it begins handshakes.
-func (s *search) knocks(n int) bool {
-	if s.crowded {
-		n++
-	}
-	every := outright
-	if s.l.cfg.Transport == wire.TransportQUIC {
-		every = outrightQUIC
-	}
-	return !s.probe && n%every != 0
-}
-
 // headStart is how much later than QUIC TCP is tried.
 func (s *search) headStart() time.Duration {
 	if s.doubted || s.l.quicFailed() {
@@ -370,30 +343,6 @@ func (s *search) end(w *wave, way way, err error) {
 	}
 }
 
-// note remembers how a try has ended, and tells whether its address is not to
-// be tried over TCP as well: it is busy, and has not been so for long.
-func (s *search) note(way way, err error) (spare bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err == nil {
-		return false
-	}
-	s.latest[way] = err
-	switch {
-	case way.transport != wire.TransportQUIC:
-		return false
-	case !errors.Is(err, carrier.ErrBusy):
-		delete(s.busy, way.address)
-		return false
-	}
-	since, known := s.busy[way.address]
-	if !known {
-		since = time.Now()
-		s.busy[way.address] = since
-	}
-	return time.Since(since) < busyPatience
-}
-
 // try dials one way and registers.
 func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Duration) error {
 	if !w.wait(tries, way, delay) {
@@ -412,37 +361,6 @@ func (s *search) try(ctx, tries context.Context, w *wave, way way, delay time.Du
 		return err
 	}
 	return s.use(ctx, tries, conn, way)
-}
-
-// callQUIC tries QUIC anew and waits a moment for it.
-func (s *search) callQUIC(ctx, tries context.Context, address string) {
-	over := make(chan struct{})
-	s.work.Go(func() {
-		defer close(over)
-		conn, err := s.dial(tries, way{wire.TransportQUIC, address}, freshTimeout, s.crowded)
-		if err == nil {
-			// What comes of it, the tries of the wave would tell, too.
-			_ = s.use(ctx, tries, conn, way{wire.TransportQUIC, address})
-		}
-	})
-	last := lastCall
-	if s.crowded {
-		last += knockTime
-	}
-	t := time.NewTimer(last)
-	defer t.Stop()
-	select {
-	case <-over:
-	case <-t.C:
-	case <-tries.Done():
-	}
-}
-
-// isBusy tells whether the control plane there said so last, over QUIC.
-func (s *search) isBusy(address string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return !s.busy[address].IsZero()
 }
 
 // use waits for the turn of a way that has shaken hands, and registers.

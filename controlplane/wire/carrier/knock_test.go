@@ -68,35 +68,27 @@ func TestNobodyIsLetInWhileHandshakesAreSlow(t *testing.T) {
 	var stalled sync.WaitGroup
 	defer stalled.Wait()
 	defer cancel()
-	answered := make(chan struct{}, 4)
-	for range 4 { // all of one source: a quarter
-		stalled.Go(func() {
-			cfg := r.config(wire.TransportQUIC)
-			cfg.Answered = func() { answered <- struct{}{}; <-ctx.Done() }
-			if s, err := Dial(ctx, cfg); err == nil {
-				s.Close("", "")
-			}
-		})
+	answered := make(chan struct{})
+	stall := func(n int) {
+		for range n {
+			stalled.Go(func() {
+				cfg := r.config(wire.TransportQUIC)
+				cfg.Answered = func() { answered <- struct{}{}; <-ctx.Done() }
+				if s, err := Dial(ctx, cfg); err == nil {
+					s.Close("", "")
+				}
+			})
+		}
+		for range n {
+			<-answered
+		}
 	}
-	for range 4 {
-		<-answered
-	}
+	stall(4) // a quarter, all of one source
 	at := addrPort(r.l.udp.LocalAddr())
 	if err := ask(within(t, 5*time.Second), knocker(t), at); !errors.Is(err, ErrBusy) {
 		t.Errorf("a fifth is told %v, want %v", err, ErrBusy)
 	}
-	for range 4 { // as many as one source may have
-		stalled.Go(func() {
-			cfg := r.config(wire.TransportQUIC)
-			cfg.Answered = func() { answered <- struct{}{}; <-ctx.Done() }
-			if s, err := Dial(ctx, cfg); err == nil {
-				s.Close("", "")
-			}
-		})
-	}
-	for range 4 {
-		<-answered
-	}
+	stall(4) // as many as one source may have
 	other, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 9)})
 	if err != nil {
 		t.Fatal(err)
