@@ -1,18 +1,8 @@
 package clock
 
 import (
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
-	"math/big"
-	"net"
-	"net/http"
-	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/belay-edge/belay/controlplane/wire/carrier"
 	"github.com/belay-edge/belay/hw-tests/rig"
 	"github.com/belay-edge/belay/images"
 )
@@ -74,7 +63,7 @@ func newSite(t *testing.T, bin rig.Binaries) *site {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ended(t, s.control.Process) })
-	s.cli = s.timeless(t)
+	s.cli = s.control.CLI()
 	return s
 }
 
@@ -90,43 +79,6 @@ func ended(t *testing.T, p *rig.Process) {
 	if t.Failed() {
 		t.Logf("last words of %s:\n%s", p.Name, p.Tail(6000))
 	}
-}
-
-// timeless is the operator's command line. Operators' machines check the date
-// of the API's certificate, and here they have the device's clock: so theirs
-// is another certificate, of a relay, that is valid at any time.
-func (s *site) timeless(t *testing.T) *rig.CLI {
-	t.Helper()
-	key, err := carrier.NewKey()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: time.Unix(0, 0), NotAfter: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ca := filepath.Join(s.dir, "relay.pem")
-	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "https", Host: s.control.Addr})
-	proxy.Transport = &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} //nolint:gosec // loopback, of this test
-	server := httptest.NewUnstartedServer(proxy)
-	server.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
-	server.StartTLS()
-	t.Cleanup(server.Close)
-	env := []string{"BELAY_ADDR=" + server.Listener.Addr().String(), "BELAY_CA=" + ca}
-	for _, v := range s.control.CLI().Env {
-		if strings.HasPrefix(v, "BELAY_TOKEN=") {
-			env = append(env, v)
-		}
-	}
-	return &rig.CLI{Path: s.bin.Path("belay"), Env: env}
 }
 
 // enrol enrols a device.
